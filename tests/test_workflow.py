@@ -1,0 +1,157 @@
+"""The whole chain once, at its smallest, with the real planner, simulator, reader and model; then what makes it stale."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = "results/smallest/success.csv"
+TRAINING_AND_AFTER = {"train_segment": 2, "rollout": 2, "video": 1, "success_table": 1}
+
+
+def snakemake(directory: Path, *arguments: str, target: str = TARGET) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        target,
+        "--cores",
+        "2",
+        "--configfile",
+        "tests/config/smallest.yaml",
+        *arguments,
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+
+
+def planned(directory: Path, *arguments: str, target: str = TARGET) -> dict[str, int]:
+    """Return {rule: number of jobs} that would run."""
+    result = snakemake(directory, "--dry-run", *arguments, target=target)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    if "Nothing to be done" in said:
+        return {}
+    table = said.split("Job stats:")[1].split("\n\n")[0]
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE) if rule != "total"}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the repository, so that its modules can be edited, in which the chain has run."""
+    directory = tmp_path_factory.mktemp("checkout")
+    for name in ("workflow", "config", "profiles", "tests/config"):
+        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", directory)
+    (directory / "envs/planning").mkdir(parents=True)
+    (directory / "envs/planning/.venv").symlink_to(ROOT / "envs/planning/.venv")
+    result = snakemake(directory)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return directory
+
+
+@pytest.fixture
+def edited(checkout):
+    """A function that edits a file of the checkout; the file is put back at the end."""
+    originals = {}
+
+    def edit(name: str, change) -> None:
+        file = checkout / name
+        originals.setdefault(file, file.read_bytes())
+        file.write_text(change(file.read_text()))
+
+    yield edit
+    for file, content in originals.items():
+        file.write_bytes(content)
+
+
+def test_the_chain_ends_in_a_table(checkout):
+    table = pandas.read_csv(checkout / TARGET)
+    assert list(table["step"]) == [0, 2, 4]
+    assert (table["episodes"] == 2).all()
+    assert (table["success_at_end"] <= table["success_once"]).all()
+    assert ((table["ci_low"] <= table["success_once"]) & (table["success_once"] <= table["ci_high"])).all()
+    assert (checkout / "results/smallest/success.png").stat().st_size > 10_000
+    assert (checkout / "results/smallest/videos/4.mp4").stat().st_size > 1_000
+
+
+def test_nothing_changed_nothing_runs(checkout):
+    assert planned(checkout) == {}
+
+
+def test_a_learning_rate_reruns_training_and_what_follows(checkout):
+    assert planned(checkout, "--config", 'runs={"smallest":{"training":{"peak_lr":0.002}}}') == TRAINING_AND_AFTER
+
+
+def test_more_steps_run_only_the_new_segments(checkout):
+    more = planned(checkout, "--config", 'runs={"smallest":{"training":{"steps":6}}}')
+    assert more == {"train_segment": 1, "rollout": 1, "video": 1, "success_table": 1}
+
+
+def test_worker_counts_and_touched_files_make_nothing_stale(checkout):
+    assert planned(checkout, "--config", 'runs={"smallest":{"evaluation":{"workers":7}}}') == {}
+    for file in (checkout / "workflow").rglob("*.py"):
+        file.touch()
+    assert planned(checkout) == {}
+
+
+def test_an_edited_module_reruns_its_stage_and_restored_is_fresh(checkout, edited):
+    edited("workflow/demo2eval/success_table.py", lambda text: text + "\nEDITED = 1\n")
+    assert planned(checkout) == {"success_table": 1}
+    edited("workflow/demo2eval/success_table.py", lambda text: text.removesuffix("\nEDITED = 1\n"))
+    assert planned(checkout) == {}
+
+
+def test_an_edit_deep_in_the_model_reruns_training_but_not_the_data(checkout, edited):
+    edited("workflow/demo2eval/pi0/gemma.py", lambda text: text + "\nEDITED = 1\n")
+    assert planned(checkout) == {"init_checkpoint": 1, "rollout": 3} | {
+        rule: count for rule, count in TRAINING_AND_AFTER.items() if rule != "rollout"
+    }
+
+
+def test_a_comment_and_a_docstring_rerun_nothing(checkout, edited):
+    for name in ("plan", "dataset", "train_segment", "rollout"):
+        edited(f"workflow/demo2eval/{name}.py", lambda text: text.replace('"""', '"""Reworded. ', 1) + "\n# a comment\n")
+    assert planned(checkout) == {}
+
+
+def test_another_run_shares_the_data(checkout):
+    twin = '"twin":{"task":"PushCube-v1"}'
+    smallest = (ROOT / "tests/config/smallest.yaml").read_text()
+    (checkout / "tests/config/twin.yaml").write_text(smallest.replace("smallest:", "twin:").replace("seed: 0", "seed: 1"))
+    jobs = planned(checkout, "tests/config/twin.yaml", target="results/twin/success.csv")
+    assert not {"plan", "replay", "dataset", "training_cache"} & set(jobs), (twin, jobs)
+    assert jobs["train_segment"] == 2
+
+
+def test_full_size_plans_the_whole_chain(checkout):
+    jobs = planned(checkout, target="results/stackcube/success.csv")
+    assert (jobs["plan"], jobs["replay"], jobs["train_segment"], jobs["rollout"]) == (8, 8, 60, 61)
+
+
+def test_missing_weights_stop_before_any_work(checkout):
+    result = snakemake(checkout, target="results/stackcube/success.csv")
+    assert result.returncode != 0
+    assert "weights/pi05_base" in result.stderr
+    assert "from scratch" in result.stderr
+    assert not list(checkout.glob("results/demos/stackcube*"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ('runs={"smallest":{"training":{"stepps":6}}}', "'steps'"),
+        ('runs={"smallest":{"task":"PushCubes-v1"}}', "'PushCube-v1'"),
+    ],
+)
+def test_a_wrong_configuration_is_a_sentence(checkout, changed, expected):
+    result = snakemake(checkout, "--dry-run", "--config", changed)
+    assert result.returncode != 0
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,235 @@
+# Helper functions of the rules; no rule.
+#
+# A run's settings decide what its demonstrations, replays, dataset and training cache are called: the name holds a hash of all
+# settings that matter to that stage, so runs with equal settings share the work, and a change of settings makes new work beside
+# the old.
+
+import hashlib
+import json
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+
+BASE = Path(workflow.basedir)
+sys.path.insert(0, str(BASE / "workflow"))
+
+from demo2eval import configuration
+from demo2eval.configuration import SHARD_SEEDS, delta_action_mask, shard_count, steps_of
+from demo2eval.errors import UserError
+from demo2eval.fingerprint import code_fingerprint
+
+PYTHON = f"PYTHONPATH={shlex.quote(str(BASE / 'workflow'))} {shlex.quote(sys.executable)}"
+PLANNING_PYTHON = BASE / "envs/planning/.venv/bin/python"
+PLAN = f"PYTHONPATH={shlex.quote(str(BASE / 'workflow'))} {shlex.quote(str(PLANNING_PYTHON))}"
+
+
+def told(function):
+    """Let a user's mistake reach the terminal as Snakemake's own kind of error, a sentence and no traceback."""
+
+    def wrapped(*arguments):
+        try:
+            return function(*arguments)
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
+
+    return wrapped
+
+
+told(configuration.check_schema)(config)
+
+
+@cache
+@told
+def settings(run):
+    return configuration.run_settings(config, run)
+
+
+def code(module):
+    """What the module of a rule does, for `params`: an edit that changes nothing makes nothing stale."""
+    return code_fingerprint(f"demo2eval.{module}")
+
+
+def options(values):
+    """Command-line options from a dictionary; lists and dictionaries are written as JSON."""
+
+    def text(value):
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return " ".join(f"--{key.replace('_', '-')} {shlex.quote(text(value))}" for key, value in values.items())
+
+
+def name(run, stage, values):
+    """<task>-<stage of origin>-<hash>: the name of work that runs with equal settings share."""
+    task = settings(run)["task"].removesuffix("-v1").lower()
+    return f"{task}-{stage}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+# What each stage is given, as options of its module. The names of shared work follow from these.
+
+
+def demos_settings(run):
+    demos = settings(run)["demos"]
+    kept = ("shard_size", "first_seed") if demos["source"] == "plan" else ("count",)
+    return {"task": settings(run)["task"], "source": demos["source"]} | {key: demos[key] for key in kept}
+
+
+def demos_name(run):
+    source = settings(run)["demos"]["source"]
+    stage = {"plan": "planned", "published": "published"}.get(source, "file")
+    return name(run, stage, demos_settings(run))
+
+
+def replay_settings(run):
+    replay = settings(run)["replay"]
+    return {
+        "task": settings(run)["task"],
+        "control_mode": replay["control_mode"],
+        "cameras": sorted(replay["cameras"].values()),
+        "image_size": replay["image_size"],
+        "render_every": replay["render_every"],
+    }
+
+
+def replay_name(run):
+    return name(run, "replayed", [demos_name(run), replay_settings(run)])
+
+
+def dataset_settings(run):
+    dataset = settings(run)["dataset"]
+    video = {"video_crf": dataset["video_crf"]} if dataset["image_storage"] == "video" else {}
+    return {
+        "prompt": settings(run)["prompt"],
+        "cameras": sorted(settings(run)["replay"]["cameras"].values()),
+        "state": dataset["state"],
+        "image_storage": dataset["image_storage"],
+    } | video
+
+
+def dataset_name(run):
+    return name(run, "dataset", [replay_name(run), dataset_settings(run), settings(run)["demos"]["count"]])
+
+
+def cache_settings(run):
+    return {"image_size": model_image_size(run)}
+
+
+def cache_name(run):
+    return name(run, "cache", [dataset_name(run), cache_settings(run)])
+
+
+def norm_stats_settings(run):
+    actions = settings(run)["actions"]
+    return {
+        "action_horizon": settings(run)["model"]["action_horizon"],
+        "delta_action_mask": delta_action_mask(settings(run)),
+        "chunkwise_action_stats": actions["chunkwise_stats"],
+        "scale_floor": actions["scale_floor"],
+    }
+
+
+def model_overrides(run):
+    model = settings(run)["model"]
+    keys = ("action_horizon", "discrete_state_input", "continuous_state_token")
+    return {key: model[key] for key in keys} | model["overrides"]
+
+
+@cache
+@told
+def model_image_size(run):
+    from demo2eval.pi0.config import make_config
+
+    return make_config(settings(run)["model"]["variant"], **model_overrides(run)).siglip.image_size
+
+
+def init_settings(run):
+    model, replay, training = (settings(run)[section] for section in ("model", "replay", "training"))
+    return {
+        "task": settings(run)["task"],
+        "prompt": settings(run)["prompt"],
+        "variant": model["variant"],
+        "model_overrides": model_overrides(run),
+        "weights": model["weights"],
+        "tokenizer": model["tokenizer"],
+        "seed": training["seed"],
+        "cameras": replay["cameras"],
+        "image_size": replay["image_size"],
+        "state": settings(run)["dataset"]["state"],
+        "control_mode": replay["control_mode"],
+        "delta_action_mask": delta_action_mask(settings(run)),
+    }
+
+
+def training_settings(run):
+    training = settings(run)["training"]
+    return {key: value for key, value in training.items() if key not in ("steps", "save_every")}
+
+
+def rollout_settings(run):
+    evaluation = settings(run)["evaluation"]
+    keys = ("episodes", "first_seed", "max_episode_steps", "replan_interval", "flow_steps", "policy_seed")
+    return {"task": settings(run)["task"]} | {key: evaluation[key] for key in keys}
+
+
+def video_settings(run):
+    evaluation = settings(run)["evaluation"]
+    return rollout_settings(run) | {"episodes": min(evaluation["episodes"], evaluation["video_episodes"])}
+
+
+# From the wildcards of shared work back to a run that uses it. Equal names mean equal settings, so any such run will do.
+
+
+@cache
+def runs_by(naming):
+    return {naming(run): run for run in reversed(config["runs"])}
+
+
+def run_of(naming, wanted):
+    if wanted not in runs_by(naming):
+        raise WorkflowError(f"no run of the configuration needs {wanted!r} any more; ask for results/<run>/success.csv.")
+    return runs_by(naming)[wanted]
+
+
+def plan_options(wildcards):
+    run, shard = run_of(demos_name, wildcards.demos), int(wildcards.shard)
+    demos = settings(run)["demos"]
+    count = max(settings(other)["demos"]["count"] for other in config["runs"] if demos_name(other) == wildcards.demos)
+    planned = min(demos["shard_size"], count - shard * demos["shard_size"])
+    return options({"task": settings(run)["task"], "count": planned, "first_seed": demos["first_seed"] + shard * SHARD_SEEDS})
+
+
+def shards(stage, naming):
+    """Input function: the manifests of all shards that a run's dataset is made from."""
+
+    def manifests(wildcards):
+        run = run_of(dataset_name, wildcards.dataset)
+        return [f"results/{stage}/{naming(run)}/shard-{shard:03d}/manifest.json" for shard in range(shard_count(settings(run)))]
+
+    return manifests
+
+
+def checkpoint(run, step):
+    return f"results/{run}/checkpoints/{step}.json"
+
+
+def previous_checkpoint(wildcards):
+    every = settings(wildcards.run)["training"]["save_every"]
+    if int(wildcards.step) % every:
+        raise WorkflowError(f"run {wildcards.run!r} has a checkpoint every {every} steps; {wildcards.step} is none of them.")
+    return checkpoint(wildcards.run, int(wildcards.step) - every)
+
+
+def check_before_work():
+    """Look for what has to be brought from outside, before any job starts."""
+    jobs = list(workflow.dag.needrun_jobs())
+    for run in sorted({job.wildcards.run for job in jobs if job.rule.name == "init_checkpoint"}):
+        if sentence := configuration.missing_weights(settings(run), run):
+            raise WorkflowError(sentence)
+    if any(job.rule.name == "plan" for job in jobs) and not PLANNING_PYTHON.exists():
+        raise WorkflowError("the planning environment, envs/planning/.venv, does not exist: run `make setup`.")
+
+
+wildcard_constraints:
+    run="[a-z][a-z0-9_]*",
+    step=r"\d+",
+    shard=r"\d{3}",

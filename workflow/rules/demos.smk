@@ -1,0 +1,59 @@
+# Demonstrations: planned here, published by ManiSkill, or the user's own; then replayed with pictures.
+
+
+rule plan:
+    output:
+        "results/demos/{demos}/shard-{shard}/manifest.json",
+    log:
+        "results/demos/{demos}/shard-{shard}/plan.log",
+    wildcard_constraints:
+        demos=".+-planned-.+",
+    params:
+        options=plan_options,
+        code=code("plan"),
+    shell:
+        "{PLAN} -m demo2eval.plan {params.options} --output {output} 2>&1 | tee {log}"
+
+
+rule download_demos:
+    output:
+        "results/demos/{demos}/shard-000/manifest.json",
+    log:
+        "results/demos/{demos}/shard-000/download.log",
+    wildcard_constraints:
+        demos=".+-published-.+",
+    params:
+        options=lambda wildcards: options({"task": settings(run_of(demos_name, wildcards.demos))["task"]}),
+        code=code("download_demos"),
+    shell:
+        "{PYTHON} -m demo2eval.download_demos {params.options} --output {output} 2>&1 | tee {log}"
+
+
+rule import_demos:
+    input:
+        lambda wildcards: settings(run_of(demos_name, wildcards.demos))["demos"]["source"],
+    output:
+        "results/demos/{demos}/shard-000/manifest.json",
+    log:
+        "results/demos/{demos}/shard-000/import.log",
+    wildcard_constraints:
+        demos=".+-file-.+",
+    params:
+        options=lambda wildcards: options({"task": settings(run_of(demos_name, wildcards.demos))["task"]}),
+        code=code("import_demos"),
+    shell:
+        "{PYTHON} -m demo2eval.import_demos {params.options} --input {input} --output {output} 2>&1 | tee {log}"
+
+
+rule replay:
+    input:
+        lambda wildcards: f"results/demos/{demos_name(run_of(replay_name, wildcards.replay))}/shard-{wildcards.shard}/manifest.json",
+    output:
+        "results/replays/{replay}/shard-{shard}/manifest.json",
+    log:
+        "results/replays/{replay}/shard-{shard}/replay.log",
+    params:
+        options=lambda wildcards: options(replay_settings(run_of(replay_name, wildcards.replay))),
+        code=code("replay"),
+    shell:
+        "{PYTHON} -m demo2eval.replay {params.options} --input {input} --output {output} 2>&1 | tee {log}"
