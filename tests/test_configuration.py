@@ -34,10 +34,12 @@ def config(shipped):
 
 def message(config, run=None):
     """Return the sentence with which the configuration is refused."""
-    with pytest.raises(UserError) as caught:
+    try:
         configuration.check_schema(config)
         configuration.run_settings(config, run or "stackcube")
-    return str(caught.value)
+    except UserError as error:
+        return str(error)
+    pytest.fail("the configuration was accepted")
 
 
 def test_what_is_shipped_is_valid(shipped):

@@ -9,31 +9,26 @@ from pathlib import Path
 
 import pandas
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = "results/smallest/success.csv"
 TRAINING_AND_AFTER = {"train_segment": 2, "rollout": 2, "video": 1, "success_table": 1}
 
 
-def snakemake(directory: Path, *arguments: str, target: str = TARGET) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        target,
-        "--cores",
-        "2",
-        "--configfile",
-        "tests/config/smallest.yaml",
-        *arguments,
-    ]
+def snakemake(directory: Path, *arguments: str, target: str = TARGET, runs: dict | None = None) -> subprocess.CompletedProcess:
+    """Run Snakemake on the smallest configuration, with changes to its runs."""
+    changes = directory / "changes.yaml"
+    changes.write_text(yaml.safe_dump({"runs": runs or {}}))
+    configuration = ["--configfile", "tests/config/smallest.yaml", str(changes)]
+    command = [sys.executable, "-m", "snakemake", target, "--cores", "2", *arguments, *configuration]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
 
 
-def planned(directory: Path, *arguments: str, target: str = TARGET) -> dict[str, int]:
-    """Return {rule: number of jobs} that would run."""
-    result = snakemake(directory, "--dry-run", *arguments, target=target)
+def planned(directory: Path, target: str = TARGET, **runs: dict) -> dict[str, int]:
+    """Return {rule: number of jobs} that would run with changes to runs."""
+    result = snakemake(directory, "--dry-run", target=target, runs=runs)
     assert result.returncode == 0, result.stdout + result.stderr
     said = result.stdout + result.stderr
     if "Nothing to be done" in said:
@@ -86,16 +81,16 @@ def test_nothing_changed_nothing_runs(checkout):
 
 
 def test_a_learning_rate_reruns_training_and_what_follows(checkout):
-    assert planned(checkout, "--config", 'runs={"smallest":{"training":{"peak_lr":0.002}}}') == TRAINING_AND_AFTER
+    assert planned(checkout, smallest={"training": {"peak_lr": 0.002}}) == TRAINING_AND_AFTER
 
 
 def test_more_steps_run_only_the_new_segments(checkout):
-    more = planned(checkout, "--config", 'runs={"smallest":{"training":{"steps":6}}}')
+    more = planned(checkout, smallest={"training": {"steps": 6}})
     assert more == {"train_segment": 1, "rollout": 1, "video": 1, "success_table": 1}
 
 
 def test_worker_counts_and_touched_files_make_nothing_stale(checkout):
-    assert planned(checkout, "--config", 'runs={"smallest":{"evaluation":{"workers":7}}}') == {}
+    assert planned(checkout, smallest={"evaluation": {"workers": 7}}) == {}
     for file in (checkout / "workflow").rglob("*.py"):
         file.touch()
     assert planned(checkout) == {}
@@ -122,11 +117,10 @@ def test_a_comment_and_a_docstring_rerun_nothing(checkout, edited):
 
 
 def test_another_run_shares_the_data(checkout):
-    twin = '"twin":{"task":"PushCube-v1"}'
-    smallest = (ROOT / "tests/config/smallest.yaml").read_text()
-    (checkout / "tests/config/twin.yaml").write_text(smallest.replace("smallest:", "twin:").replace("seed: 0", "seed: 1"))
-    jobs = planned(checkout, "tests/config/twin.yaml", target="results/twin/success.csv")
-    assert not {"plan", "replay", "dataset", "training_cache"} & set(jobs), (twin, jobs)
+    smallest = yaml.safe_load((ROOT / "tests/config/smallest.yaml").read_text())["runs"]["smallest"]
+    twin = smallest | {"training": smallest["training"] | {"seed": 1}}
+    jobs = planned(checkout, target="results/twin/success.csv", twin=twin)
+    assert not {"plan", "replay", "dataset", "training_cache"} & set(jobs)
     assert jobs["train_segment"] == 2
 
 
@@ -146,12 +140,12 @@ def test_missing_weights_stop_before_any_work(checkout):
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ('runs={"smallest":{"training":{"stepps":6}}}', "'steps'"),
-        ('runs={"smallest":{"task":"PushCubes-v1"}}', "'PushCube-v1'"),
+        ({"training": {"stepps": 6}}, "'steps'"),
+        ({"task": "PushCubes-v1"}, "'PushCube-v1'"),
     ],
 )
 def test_a_wrong_configuration_is_a_sentence(checkout, changed, expected):
-    result = snakemake(checkout, "--dry-run", "--config", changed)
+    result = snakemake(checkout, "--dry-run", runs={"smallest": changed})
     assert result.returncode != 0
     assert expected in result.stderr
     assert "Traceback" not in result.stderr

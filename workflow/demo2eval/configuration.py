@@ -62,6 +62,13 @@ def check_schema(config: Mapping) -> None:
         raise UserError(_sentence(first))
 
 
+def check(config: Mapping) -> None:
+    """Check the schema and the settings of every run; raises UserError at the first mistake."""
+    check_schema(config)
+    for run in config["runs"]:
+        run_settings(config, run)
+
+
 def _overlay(base: dict, top: Mapping) -> dict:
     """Overlay `top` on `base`, section by section; a list or a mapping inside a section replaces the whole one below it."""
     for section in SECTIONS:

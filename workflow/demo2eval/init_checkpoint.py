@@ -16,7 +16,7 @@ from demo2eval.manifest import Work, making, read_manifest, sha256_text, to_json
 from demo2eval.pi0.config import make_config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the policy is: the model, where its weights start, and how observations and actions are read."""
 

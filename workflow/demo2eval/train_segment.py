@@ -25,7 +25,7 @@ REPORT_EVERY = 20
 TRAIN_STATES_KEPT = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What decides the weights at `to_step`, given the checkpoint before."""
 
@@ -182,12 +182,11 @@ def _make(settings: Settings, previous: Path, cache: Path, work: Work) -> None:
     if first_step >= settings.to_step:
         raise UserError(f"{previous} is of step {first_step}, not before {settings.to_step}; give the checkpoint before.")
     source, payload = payload_of(previous), payload_of(work.output)
-    description = read_description(source)
-    config = description.config
+    config = read_description(source).config
     schedule = make_schedule(settings.warmup_steps, settings.peak_lr, settings.decay_steps, settings.decay_lr)
     optimizer = make_optimizer(schedule, clip=settings.clip_norm, weight_decay=settings.weight_decay)
     state = start_state(source, first_step, config, optimizer, settings.ema_decay)
-    data = TrainingData.for_policy(cache.parent, description, state_noise=settings.state_noise)
+    data = TrainingData.for_policy(cache.parent, source, state_noise=settings.state_noise)
 
     shutil.rmtree(payload, ignore_errors=True)
     shutil.rmtree(work.partial)

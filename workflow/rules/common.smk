@@ -36,7 +36,7 @@ def told(function):
     return wrapped
 
 
-told(configuration.check_schema)(config)
+told(configuration.check)(config)
 
 
 @cache
@@ -103,11 +103,12 @@ def dataset_settings(run):
         "cameras": sorted(settings(run)["replay"]["cameras"].values()),
         "state": dataset["state"],
         "image_storage": dataset["image_storage"],
+        "count": settings(run)["demos"]["count"],
     } | video
 
 
 def dataset_name(run):
-    return name(run, "dataset", [replay_name(run), dataset_settings(run), settings(run)["demos"]["count"]])
+    return name(run, "dataset", [replay_name(run), dataset_settings(run)])
 
 
 def cache_settings(run):
@@ -196,6 +197,11 @@ def plan_options(wildcards):
     count = max(settings(other)["demos"]["count"] for other in config["runs"] if demos_name(other) == wildcards.demos)
     planned = min(demos["shard_size"], count - shard * demos["shard_size"])
     return options({"task": settings(run)["task"], "count": planned, "first_seed": demos["first_seed"] + shard * SHARD_SEEDS})
+
+
+def taken_options(wildcards):
+    run = run_of(demos_name, wildcards.demos)
+    return options({"task": settings(run)["task"], "count": settings(run)["demos"]["count"]})
 
 
 def shards(stage, naming):

@@ -23,7 +23,7 @@ rule download_demos:
     wildcard_constraints:
         demos=".+-published-.+",
     params:
-        options=lambda wildcards: options({"task": settings(run_of(demos_name, wildcards.demos))["task"]}),
+        options=taken_options,
         code=code("download_demos"),
     shell:
         "{PYTHON} -m demo2eval.download_demos {params.options} --output {output} 2>&1 | tee {log}"
@@ -39,7 +39,7 @@ rule import_demos:
     wildcard_constraints:
         demos=".+-file-.+",
     params:
-        options=lambda wildcards: options({"task": settings(run_of(demos_name, wildcards.demos))["task"]}),
+        options=taken_options,
         code=code("import_demos"),
     shell:
         "{PYTHON} -m demo2eval.import_demos {params.options} --input {input} --output {output} 2>&1 | tee {log}"

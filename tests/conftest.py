@@ -1,0 +1,28 @@
+"""Fixtures of the whole suite."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two workers of pytest share two cores; nothing numerical has been imported yet.
+for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def pushcube_demos() -> Path:
+    """Manifest of a shard of three planned PushCube demonstrations."""
+    return FIXTURES / "pushcube" / "manifest.json"
+
+
+@pytest.fixture(scope="session")
+def pushcube_replay(pushcube_demos, tmp_path_factory) -> Path:
+    """Manifest of the three demonstrations replayed with pictures at every sixth step."""
+    from demo2eval.replay import Settings, replay
+
+    output = tmp_path_factory.mktemp("replay") / "shard-000" / "manifest.json"
+    replay(Settings(task="PushCube-v1", cameras=["base_camera"], render_every=6), pushcube_demos, output)
+    return output

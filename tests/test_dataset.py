@@ -1,0 +1,213 @@
+"""The LeRobot dataset: the official reader gives back what was demonstrated, and nothing but the demonstrations decides its bytes."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from demo2eval.dataset import Settings, dataset
+from demo2eval.errors import UserError
+from demo2eval.manifest import read_manifest
+
+PROMPT = "push the cube to the goal"
+STATE = ["qpos", "tcp_pose"]
+
+
+def settings(**changes) -> Settings:
+    defaults = {"prompt": PROMPT, "cameras": ["base_camera"], "state": STATE, "video_crf": 0}
+    return Settings(**(defaults | changes))
+
+
+def make(folder: Path, replays: list[Path], workers: int = 1, **changes) -> dict:
+    """Make a dataset and return its manifest."""
+    dataset(settings(**changes), replays, folder / "manifest.json", workers=workers)
+    return read_manifest(folder / "manifest.json")
+
+
+@pytest.fixture(scope="module", params=["video", "png"])
+def stored(request, pushcube_replay, tmp_path_factory) -> tuple[str, Path, dict]:
+    """(how pictures are stored, folder, manifest) of a dataset of two shards, the same demonstrations twice."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, make(folder, [pushcube_replay] * 2, image_storage=request.param)
+
+
+@pytest.fixture
+def damaged(pushcube_replay, tmp_path) -> Path:
+    """A copy of the replay, to be spoilt."""
+    shutil.copytree(pushcube_replay.parent, tmp_path / "damaged")
+    return tmp_path / "damaged" / "manifest.json"
+
+
+def test_the_official_reader_gives_the_demonstrations_back(stored, pushcube_replay):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    storage, folder, manifest = stored
+    opened = LeRobotDataset("demo2eval/any", root=folder / "lerobot", video_backend="pyav")
+    assert opened.num_episodes == 6
+    assert len(opened) == sum(manifest["facts"]["lengths"]) == manifest["facts"]["frames"]
+    names = opened.features["observation.state"]["names"]
+    assert names[0] == "panda_joint1"
+    assert len(names) == 16
+    tolerance = 3 if storage == "video" else 1e-3
+    row = 0
+    with h5py.File(pushcube_replay.parent / "trajectory.h5") as file:
+        for episode in range(6):
+            group = file[f"traj_{episode % 3}"]
+            state = np.concatenate([group["obs/agent/qpos"][()], group["obs/extra/tcp_pose"][()]], axis=1).astype(np.float32)
+            steps, pictures = (group[f"obs/sensor_data/base_camera/{name}"][()] for name in ("step", "rgb"))
+            length = len(group["actions"])
+            for step in {0, 1, int(steps[1]) - 1, int(steps[1]), int(steps[2]), length - 1}:
+                item = opened[row + step]
+                assert np.array_equal(item["action"].numpy(), group["actions"][step])
+                assert np.array_equal(item["observation.state"].numpy(), state[step])
+                newest = np.flatnonzero(steps <= step)[-1]
+                assert item["picture_age"] == step - steps[newest]
+                seen = item["observation.images.base_camera"].numpy().transpose(1, 2, 0) * 255
+                assert np.abs(seen - pictures[newest]).max() <= tolerance
+                assert (item["episode_index"], item["frame_index"], item["task"]) == (episode, step, PROMPT)
+            row += length
+
+
+def test_official_chunks_stop_at_the_end_of_the_episode(stored):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    _, folder, manifest = stored
+    times = {"action": [step / 20 for step in range(4)]}
+    opened = LeRobotDataset("demo2eval/any", root=folder / "lerobot", video_backend="pyav", delta_timestamps=times)
+    last = opened[manifest["facts"]["lengths"][0] - 2]
+    assert last["action_is_pad"].tolist() == [False, False, True, True]
+
+
+def test_statistics_are_those_of_all_values(stored, pushcube_replay):
+    _, folder, _ = stored
+    stats = json.loads((folder / "lerobot" / "meta" / "stats.json").read_text())
+    with h5py.File(pushcube_replay.parent / "trajectory.h5") as file:
+        groups = [file[f"traj_{index}"] for index in range(3)]
+        actions = np.concatenate([group["actions"][()] for group in groups])
+        looks = []
+        for group in groups:
+            steps = group["obs/sensor_data/base_camera/step"][()]
+            looks.append(group["obs/sensor_data/base_camera/rgb"][()][steps < len(group["actions"])])
+    twice = np.concatenate([actions, actions]).astype(np.float64)
+    assert np.allclose(stats["action"]["q99"], np.quantile(twice, 0.99, axis=0), atol=1e-12)
+    assert np.allclose(stats["action"]["std"], twice.std(axis=0), atol=1e-12)
+    pictures = np.concatenate(looks).reshape(-1, 3) / 255
+    image = stats["observation.images.base_camera"]
+    assert np.allclose(np.ravel(image["mean"]), pictures.mean(axis=0), atol=1e-9)
+    assert np.allclose(np.ravel(image["q90"]), np.quantile(pictures, 0.9, axis=0), atol=1e-9)
+    assert image["count"] == [2 * sum(len(item) for item in looks)]
+
+
+def test_the_manifest_says_what_video_lost(stored):
+    storage, _, manifest = stored
+    psnr = manifest["facts"]["psnr_db"]
+    assert psnr is None if storage == "png" else psnr["base_camera"] > 50
+
+
+def test_workers_change_nothing(stored, pushcube_replay, tmp_path):
+    storage, _, manifest = stored
+    other = make(tmp_path, [pushcube_replay] * 2, workers=2, image_storage=storage)
+    assert other["digest"] == manifest["digest"]
+
+
+def test_killed_and_started_again_it_ends_the_same(pushcube_replay, tmp_path):
+    undisturbed = make(tmp_path / "undisturbed", [pushcube_replay] * 2)
+    tmp_path = tmp_path / "killed"
+    command = [sys.executable, "-m", "demo2eval.dataset", "--prompt", PROMPT, "--cameras", '["base_camera"]']
+    command += ["--state", json.dumps(STATE), "--video-crf", "0"]
+    command += ["--inputs", *[str(pushcube_replay)] * 2, "--output", str(tmp_path / "manifest.json"), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(".manifest.partial-*/shard-*")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "manifest.json").exists()
+    assert list(tmp_path.glob(".manifest.partial-*/shard-*"))
+    again = make(tmp_path, [pushcube_replay] * 2, workers=2)
+    assert again["digest"] == undisturbed["digest"]
+    assert not list(tmp_path.glob(".manifest.partial-*"))
+
+
+def test_finished_shards_are_not_written_again(pushcube_replay, tmp_path, monkeypatch):
+    from demo2eval import dataset as module
+
+    written = []
+    monkeypatch.setattr(module, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, [pushcube_replay] * 2)
+    monkeypatch.undo()
+    original = module.write_shard
+    monkeypatch.setattr(module, "write_shard", lambda shard, *rest: (written.append(shard.index), original(shard, *rest)))
+    shutil.rmtree(next(tmp_path.glob(".manifest.partial-*/shard-001")))
+    make(tmp_path, [pushcube_replay] * 2)
+    assert written == [1]
+
+
+def test_count_takes_the_first_demonstrations_across_shards(pushcube_replay, tmp_path):
+    manifest = make(tmp_path, [pushcube_replay] * 2, count=4)
+    seeds = read_manifest(pushcube_replay)["facts"]["seeds"]
+    assert manifest["facts"]["seeds"] == [*seeds, seeds[0]]
+    assert manifest["facts"]["episodes"] == 4
+
+
+def spoil_nan(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["traj_1/actions"][5, 2] = np.nan
+
+
+def spoil_state(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        del file["traj_2/obs/extra/tcp_pose"]
+
+
+def spoil_pictures(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        group = file["traj_1/obs/sensor_data/base_camera"]
+        fewer = group["rgb"][:-3]
+        del group["rgb"]
+        group["rgb"] = fewer
+
+
+def spoil_half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (spoil_nan, "traj_1 holds NaN or infinity in action"),
+        (spoil_state, "traj_2 has no obs/extra/tcp_pose"),
+        (spoil_pictures, "traj_1 has fewer pictures"),
+        (spoil_half, "cannot be read"),
+    ],
+)
+def test_a_damaged_shard_is_a_sentence(damaged, tmp_path, spoil, expected):
+    spoil(damaged.parent / "trajectory.h5")
+    with pytest.raises(UserError, match=expected):
+        make(tmp_path / "out", [damaged])
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out" / "lerobot").exists()
+
+
+def test_shards_that_differ_are_refused(pushcube_replay, damaged, tmp_path):
+    path = damaged.parent / "trajectory.json"
+    content = json.loads(path.read_text())
+    for episode in content["episodes"]:
+        episode["control_mode"] = "pd_joint_delta_pos"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="differ in control mode"):
+        make(tmp_path / "out", [pushcube_replay, damaged])
+
+
+def test_an_error_in_a_worker_is_the_same_sentence(pushcube_replay, damaged, tmp_path):
+    spoil_nan(damaged.parent / "trajectory.h5")
+    with pytest.raises(UserError, match="traj_1 holds NaN"):
+        make(tmp_path / "out", [pushcube_replay, damaged], workers=2)

@@ -1,0 +1,105 @@
+"""Training on the real chain's data: resumed equals uninterrupted, and the loss falls."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from demo2eval import dataset, init_checkpoint, norm_stats, train_segment, training_cache
+from demo2eval.errors import UserError
+from demo2eval.manifest import read_manifest
+from demo2eval.pi0.checkpoint import load_params
+from demo2eval.training.state import tree_digest
+
+PROMPT = "push the blue cube into the red and white target region"
+MASK = [True] * 7 + [False]
+TRAINING = {"batch_size": 4, "warmup_steps": 2, "peak_lr": 1e-3, "ema_decay": 0.9, "augment": True, "state_noise": 0.03}
+
+
+@pytest.fixture(scope="module")
+def run(pushcube_replay, tmp_path_factory) -> Path:
+    """A run's folder with dataset, norm stats, training cache and checkpoint 0."""
+    folder = tmp_path_factory.mktemp("run")
+    data = folder / "dataset/manifest.json"
+    dataset.dataset(dataset.Settings(prompt=PROMPT, cameras=["base_camera"], state=["qpos"]), [pushcube_replay], data)
+    training_cache.training_cache(training_cache.Settings(image_size=64), data, folder / "cache/manifest.json")
+    stats = folder / "norm_stats/manifest.json"
+    chunk = {"action_horizon": 8, "delta_action_mask": MASK, "chunkwise_action_stats": True, "scale_floor": 0.02}
+    norm_stats.norm_stats(norm_stats.Settings(**chunk), data, stats)
+    settings = init_checkpoint.Settings(
+        task="PushCube-v1",
+        prompt=PROMPT,
+        variant="pi05_tiny",
+        model_overrides={"action_horizon": 8, "discrete_state_input": False, "continuous_state_token": True},
+        cameras={"base_0_rgb": "base_camera"},
+        image_size=128,
+        state=["qpos"],
+        control_mode="pd_joint_pos",
+        delta_action_mask=MASK,
+    )
+    init_checkpoint.init_checkpoint(settings, stats, folder / "checkpoints/0.json")
+    return folder
+
+
+def train(run: Path, steps: list[int], folder: str, **changes) -> Path:
+    """Train segments that end at `steps` into run/<folder>; return the folder."""
+    output = run / folder
+    shutil.copytree(run / "checkpoints/0", output / "0", symlinks=True)
+    shutil.copy(run / "checkpoints/0.json", output)
+    for previous, step in zip([0, *steps], steps, strict=False):
+        settings = train_segment.Settings(to_step=step, **TRAINING | changes)
+        train_segment.train_segment(settings, output / f"{previous}.json", run / "cache/manifest.json", output / f"{step}.json")
+    return output
+
+
+@pytest.fixture(scope="module")
+def segments(run) -> Path:
+    return train(run, [3, 6, 9], "segments")
+
+
+def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(run, segments):
+    whole = train(run, [9], "whole")
+    assert read_manifest(whole / "9.json")["digest"] == read_manifest(segments / "9.json")["digest"]
+    for one, other in zip(*(jax.tree.leaves(load_params(path / "9/params")) for path in (whole, segments)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_another_seed_trains_another_policy(run, segments):
+    other = train(run, [3], "other", seed=1)
+    assert read_manifest(other / "3.json")["digest"] != read_manifest(segments / "3.json")["digest"]
+
+
+def test_a_checkpoint_says_what_made_it(segments):
+    manifest = read_manifest(segments / "6.json")
+    assert manifest["facts"]["step"] == 6
+    assert manifest["inputs"]["previous"][0]["digest"] == read_manifest(segments / "3.json")["digest"]
+    assert manifest["digest"] == tree_digest(load_params(segments / "6/params"))
+    assert (segments / "6/assets/maniskill/PushCube-v1/norm_stats.json").is_file()
+
+
+def test_only_the_newest_training_states_are_kept(segments):
+    assert [step for step in (3, 6, 9) if (segments / str(step) / "train_state").is_dir()] == [6, 9]
+
+
+def test_the_loss_log_and_the_loss(run):
+    folder = train(run, [60], "longer", augment=False)
+    with open(folder / "60/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [20, 40, 60]
+    losses = [float(row["loss"]) for row in rows]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_pruned_training_state_is_a_sentence(run, segments):
+    settings = train_segment.Settings(to_step=5, **TRAINING)
+    with pytest.raises(UserError, match="train_state does not exist"):
+        train_segment.train_segment(settings, segments / "3.json", run / "cache/manifest.json", run / "again/5.json")
+
+
+def test_a_segment_must_go_forward(run, segments):
+    settings = train_segment.Settings(to_step=6, **TRAINING)
+    with pytest.raises(UserError, match="not before 6"):
+        train_segment.train_segment(settings, segments / "9.json", run / "cache/manifest.json", run / "back/6.json")

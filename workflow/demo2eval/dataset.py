@@ -1,0 +1,369 @@
+"""LeRobot dataset (format v3.0) from replayed demonstrations; the official reader opens it.
+
+In:  manifests of replayed shards, trajectory.h5 and trajectory.json beside each.
+Out: <folder of the output>/lerobot, opened by `LeRobotDataset("demo2eval/<any name>", root=<that folder>)`.
+
+One row is one control step: `action`, `observation.state`, `observation.images.<camera>`, and `picture_age`, the steps
+since that picture was rendered. Where not every step was rendered, a row shows the newest picture, as a slow camera would. The
+observation after the last action has no row. Actions and states are those of the demonstrations bit for bit; PNG pictures too.
+Video (h264, 4:4:4) loses a little: the manifest gives the measured PSNR.
+
+Shards are written by separate processes. A run that was killed goes on with the shards that were not finished.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from demo2eval.cli import option, run, settings_from, stage_parser
+from demo2eval.errors import UserError
+from demo2eval.lerobot_reader import IMAGE_PREFIX, PICTURE_AGE, to_array
+from demo2eval.lerobot_writer import KEY_FRAME_INTERVAL, PRESET, Format, Shard, histogram_stats, write_shard
+from demo2eval.manifest import Work, making
+from demo2eval.maniskill.observation import JOINTS, state_names
+
+ARM = JOINTS[:7]
+ACTION_NAMES = {
+    "pd_joint_pos": [*ARM, "gripper"],
+    "pd_joint_delta_pos": [*(f"delta_{joint}" for joint in ARM), "gripper"],
+    "pd_ee_delta_pos": ["delta_x", "delta_y", "delta_z", "gripper"],
+    "pd_ee_delta_pose": ["delta_x", "delta_y", "delta_z", "delta_rx", "delta_ry", "delta_rz", "gripper"],
+}
+FILES_PER_CHUNK = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides the dataset's content."""
+
+    prompt: str = option("the instruction, LeRobot's task")
+    cameras: list = option("ManiSkill's cameras")
+    state: list = option('parts of the state vector, in order, such as ["qpos"]')
+    image_storage: str = option("video (h264, small) or png (exact)", "video")
+    video_crf: int = option("h264 quality, 0 (best) to 51", 10)
+    fps: int = option("control steps a second", 20)
+    count: int | None = option("take the first so many demonstrations; null: all", None)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The demonstrations of one dataset, as found in the replayed shards."""
+
+    shards: list[Shard]
+    seeds: list[int]
+    control_mode: str
+    action_width: int
+    picture_shapes: dict[str, tuple[int, int, int]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Control steps of every demonstration."""
+        return [length for shard in self.shards for length in shard.lengths]
+
+
+def survey(replays: list[Path], settings: Settings) -> Source:
+    """Look into every shard and give its demonstrations their episodes and rows.
+
+    Raises:
+        UserError: if a file is damaged or incomplete, or the shards do not fit together.
+    """
+    import h5py
+
+    shards, seeds, kinds, rows, left = [], [], {}, 0, settings.count
+    for index, manifest in enumerate(replays):
+        source = manifest.parent / "trajectory.h5"
+        episodes = read_episodes(manifest.parent / "trajectory.json")[:left]
+        names = tuple(f"traj_{episode['episode_id']}" for episode in episodes)
+        lengths = []
+        try:
+            with h5py.File(source, "r") as file:
+                for name, episode in zip(names, episodes, strict=True):
+                    lengths.append(len(_dataset(file, f"{name}/actions", source)))
+                    kinds.setdefault(_kind(file, name, episode["control_mode"], settings.cameras, source), source)
+        except OSError as error:
+            raise UserError(f"{source} cannot be read ({error}); delete its manifest and replay it again.") from error
+        if len(kinds) > 1:
+            one, other = list(kinds.values())[:2]
+            raise UserError(f"{one} and {other} differ in control mode, action width or picture size; replay one of them again.")
+        if names:
+            shards.append(Shard(index, source, names, tuple(lengths), len(seeds), rows))
+        seeds += [episode["episode_seed"] for episode in episodes]
+        rows += sum(lengths)
+        left = None if settings.count is None else settings.count - len(seeds)
+    if not shards:
+        raise UserError(f"{replays[0].parent} and the other shards hold no demonstration; plan or replay again.")
+    control_mode, width, shapes = next(iter(kinds))
+    return Source(shards, seeds, control_mode, width, dict(shapes))
+
+
+def _dataset(file, path: str, source: Path):
+    if path not in file:
+        raise UserError(f"{source} has no {path}; replay these demonstrations again.")
+    return file[path]
+
+
+def _kind(file, name: str, control_mode: str, cameras: list[str], source: Path) -> tuple:
+    """Return what must be the same of every demonstration of a dataset."""
+    shapes = [(camera, _dataset(file, f"{name}/obs/sensor_data/{camera}/rgb", source).shape[1:]) for camera in cameras]
+    return control_mode, file[f"{name}/actions"].shape[1], tuple(shapes)
+
+
+def read_episodes(path: Path) -> list[dict]:
+    """Return the episodes of a trajectory.json.
+
+    Raises:
+        UserError: if it is missing or not what ManiSkill writes.
+    """
+    try:
+        episodes = json.loads(path.read_text(encoding="utf-8"))["episodes"]
+        return [{key: episode[key] for key in ("episode_id", "episode_seed", "control_mode")} for episode in episodes]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{path} is no description of trajectories ({error!r}); replay these demonstrations again.") from error
+
+
+def make_features(settings: Settings, source: Source) -> dict:
+    """Return LeRobot's features, without those that it adds itself."""
+    state, action = state_names(settings.state), ACTION_NAMES.get(source.control_mode, [])
+    if len(action) != source.action_width:
+        action = [f"action_{index}" for index in range(source.action_width)]
+    stored_as = "video" if settings.image_storage == "video" else "image"
+    return {
+        "action": {"dtype": "float32", "shape": (source.action_width,), "names": action},
+        "observation.state": {"dtype": "float32", "shape": (len(state),), "names": state},
+        PICTURE_AGE: {"dtype": "int64", "shape": (1,), "names": ["steps"]},
+    } | {
+        IMAGE_PREFIX + camera: {"dtype": stored_as, "shape": tuple(shape), "names": ["height", "width", "channels"]}
+        for camera, shape in source.picture_shapes.items()
+    }
+
+
+def _end_with_parent() -> None:
+    """Let a worker process end when the process that started it was killed."""
+    from multiprocessing import connection, parent_process
+
+    def watch() -> None:
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def write_shards(shards: list[Shard], wanted: Format, partial: Path, workers: int) -> Iterator[Shard]:
+    """Write all shards with `workers` processes and yield each as it is finished."""
+    from multiprocessing import get_context
+
+    waiting = []
+    for shard in shards:
+        if (partial / shard.folder_name).is_dir():
+            yield shard
+        else:
+            waiting.append(shard)
+    workers = min(workers, len(waiting))
+    if workers <= 1:
+        for shard in waiting:
+            write_shard(shard, wanted, partial)
+            yield shard
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
+    try:
+        futures = {pool.submit(write_shard, shard, wanted, partial): shard for shard in waiting}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+    except BaseException:
+        for process in pool._processes.values():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def column_stats(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Return LeRobot's statistics of a column [rows] or [rows, dimensions]; its quantiles are exact, unlike LeRobot's own."""
+    values = values.astype(np.float64).reshape(len(values), -1)
+    quantiles = np.quantile(values, [0.01, 0.1, 0.5, 0.9, 0.99], axis=0)
+    return {
+        "min": values.min(axis=0),
+        "max": values.max(axis=0),
+        "mean": values.mean(axis=0),
+        "std": values.std(axis=0),
+        "count": np.array([len(values)]),
+    } | dict(zip(("q01", "q10", "q50", "q90", "q99"), quantiles, strict=True))
+
+
+def image_stats(counts: np.ndarray, pictures: int) -> dict[str, np.ndarray]:
+    """Return the statistics of a camera's `pictures` pictures with the histograms `counts` [3, 256]."""
+    return dict(histogram_stats(counts)) | {"count": np.array([pictures])}
+
+
+def shard_stats(folder: Path, shard: Shard, cameras: list[str]) -> tuple[list[dict], dict[str, np.ndarray], dict]:
+    """Return (statistics of each episode, the numeric columns, histograms by camera) of a finished shard."""
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(folder / "data.parquet")
+    numeric = [name for name in schema.names if not name.startswith(IMAGE_PREFIX)]
+    table = pq.read_table(folder / "data.parquet", columns=numeric)
+    columns = {name: to_array(table.column(name)) for name in numeric}
+    histograms = {camera: np.load(folder / f"histogram_{camera}.npy") for camera in cameras}
+    episodes, start = [], 0
+    for number, length in enumerate(shard.lengths):
+        rows = slice(start, start + length)
+        stats = {name: column_stats(values[rows]) for name, values in columns.items()}
+        pictures = int((columns[PICTURE_AGE][rows] == 0).sum())
+        stats |= {IMAGE_PREFIX + camera: image_stats(counts[number], pictures) for camera, counts in histograms.items()}
+        episodes.append(stats)
+        start += length
+    return episodes, columns, histograms
+
+
+def place_of(index: int) -> dict[str, int]:
+    """Return LeRobot's chunk and file number of a shard's files."""
+    return {"chunk_index": index // FILES_PER_CHUNK, "file_index": index % FILES_PER_CHUNK}
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a finished file its second name, so that a killed run finds it under the first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        # Some network file systems have no hard links.
+        shutil.copy(source, target)
+
+
+def assemble(work: Work, settings: Settings, source: Source, features: dict) -> dict[str, int]:
+    """Make the whole dataset at `work.partial`/lerobot from finished shards, with the official metadata writer.
+
+    Returns:
+        counts of episodes, frames and pictures (a camera's; a repeated one counts once).
+    """
+    from lerobot.configs.video import VideoEncoderConfig
+    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+    from lerobot.datasets.io_utils import write_info, write_stats
+
+    root = work.partial / "lerobot"
+    shutil.rmtree(root, ignore_errors=True)
+    videos = settings.cameras if settings.image_storage == "video" else []
+    meta = LeRobotDatasetMetadata.create(
+        "demo2eval/dataset", settings.fps, features, robot_type="panda", root=root, use_videos=bool(videos)
+    )
+    meta.save_episode_tasks([settings.prompt])
+    for shard in source.shards:
+        folder, place = work.partial / shard.folder_name, place_of(shard.index)
+        link(folder / "data.parquet", root / meta.data_path.format(**place))
+        for camera in videos:
+            link(folder / f"{camera}.mp4", root / meta.video_path.format(video_key=IMAGE_PREFIX + camera, **place))
+    if videos:
+        encoder = {"vcodec": "h264", "pix_fmt": "yuv444p", "g": KEY_FRAME_INTERVAL, "crf": settings.video_crf, "preset": PRESET}
+        meta.update_video_info(video_encoder=VideoEncoderConfig(**encoder))
+    all_columns, all_histograms = [], []
+    for shard in source.shards:
+        episodes, columns, histograms = shard_stats(work.partial / shard.folder_name, shard, settings.cameras)
+        save_episodes(meta, shard, episodes, settings, videos)
+        all_columns.append(columns)
+        all_histograms.append({camera: counts.sum(axis=0) for camera, counts in histograms.items()})
+    meta.finalize()
+    columns = {name: np.concatenate([part[name] for part in all_columns]) for name in all_columns[0]}
+    pictures = int((columns[PICTURE_AGE] == 0).sum())
+    stats = {name: column_stats(values) for name, values in columns.items()}
+    for camera in settings.cameras:
+        stats[IMAGE_PREFIX + camera] = image_stats(sum(part[camera] for part in all_histograms), pictures)
+    write_info(meta.info, root)
+    write_stats(stats, root)
+    return {"episodes": meta.total_episodes, "frames": meta.total_frames, "pictures": pictures}
+
+
+def save_episodes(meta, shard: Shard, stats: list[dict], settings: Settings, videos: list[str]) -> None:
+    """Enter a shard's episodes into the metadata: where their rows and video frames begin and end."""
+    place, start = place_of(shard.index), 0
+    for number, length in enumerate(shard.lengths):
+        where = {f"data/{key}": value for key, value in place.items()}
+        for camera in videos:
+            prefix = f"videos/{IMAGE_PREFIX}{camera}"
+            where |= {f"{prefix}/{key}": value for key, value in place.items()}
+            where |= {f"{prefix}/from_timestamp": start / settings.fps, f"{prefix}/to_timestamp": (start + length) / settings.fps}
+        meta.save_episode(shard.first_episode + number, length, [settings.prompt], stats[number], where)
+        start += length
+
+
+def dataset(settings: Settings, replays: list[Path], output: Path, *, workers: int = 1) -> None:
+    """Make the dataset of manifest `output` from the manifests of replayed shards, in their order.
+
+    Args:
+        workers: processes; they change the time only.
+
+    Raises:
+        UserError: if a shard is damaged, incomplete or unlike the others, or a setting is unknown.
+    """
+    if settings.image_storage not in ("video", "png"):
+        raise UserError(f"dataset.image_storage is {settings.image_storage!r}; it may be 'video' or 'png'.")
+    with making(output, stage="dataset", module=__spec__.name, settings=settings, inputs={"replays": replays}) as work:
+        if not work.finished:
+            _make(settings, [Path(replay) for replay in replays], work, workers)
+
+
+def _make(settings: Settings, replays: list[Path], work: Work, workers: int) -> None:
+    from tqdm import tqdm
+
+    source = survey(replays, settings)
+    features = make_features(settings, source)
+    for unfinished in work.partial.glob("shard-*.*"):
+        shutil.rmtree(unfinished)
+    wanted = make_format(settings, features)
+    with tqdm(total=sum(source.lengths), unit="frame", desc="dataset", mininterval=2) as bar:
+        for shard in write_shards(source.shards, wanted, work.partial, workers):
+            bar.update(sum(shard.lengths))
+    psnr = worst_psnr(source.shards, work.partial) if settings.image_storage == "video" else None
+    counts = assemble(work, settings, source, features)
+    if settings.count is not None and counts["episodes"] < settings.count:
+        print(f"only {counts['episodes']} of {settings.count} demonstrations are there", file=sys.stderr)
+    final = work.folder / "lerobot"
+    shutil.rmtree(final, ignore_errors=True)
+    (work.partial / "lerobot").rename(final)
+    work.finish(
+        [final],
+        **counts,
+        seeds=source.seeds,
+        lengths=source.lengths,
+        control_mode=source.control_mode,
+        psnr_db=psnr,
+    )
+
+
+def make_format(settings: Settings, features: dict) -> Format:
+    """Return how the shards are written, with the schema that LeRobot gives these features."""
+    from lerobot.datasets.feature_utils import get_hf_features_from_features
+    from lerobot.utils.constants import DEFAULT_FEATURES
+
+    schema = get_hf_features_from_features({**features, **DEFAULT_FEATURES}).arrow_schema
+    crf = settings.video_crf if settings.image_storage == "video" else None
+    return Format(schema, tuple(settings.cameras), tuple(settings.state), crf, settings.fps)
+
+
+def worst_psnr(shards: list[Shard], partial: Path) -> dict[str, float]:
+    """Return the lowest PSNR, dB, that was measured of each camera in any shard."""
+    measured = [json.loads((partial / shard.folder_name / "psnr.json").read_text()) for shard in shards]
+    return {camera: round(min(item[camera] for item in measured), 2) for camera in measured[0]}
+
+
+def main() -> None:
+    """Run the stage from the command line."""
+    parser: argparse.ArgumentParser = stage_parser(__doc__, Settings)
+    parser.add_argument("--inputs", type=Path, nargs="+", required=True, help="manifests of replayed shards, in order")
+    parser.add_argument("--output", type=Path, required=True, help="manifest to write; the dataset is made beside it")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    arguments = parser.parse_args()
+    dataset(settings_from(arguments, Settings), arguments.inputs, arguments.output, workers=arguments.workers)
+
+
+if __name__ == "__main__":
+    run(main)

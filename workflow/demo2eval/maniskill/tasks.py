@@ -1,0 +1,52 @@
+"""The six tasks, with the facts about them that a configuration or an evaluation can get wrong."""
+
+import difflib
+from dataclasses import dataclass
+
+from demo2eval.errors import UserError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A ManiSkill task.
+
+    Attributes:
+        name: ManiSkill's environment id.
+        state_parts: what the state vector can be made of.
+        hidden_goal: the part of the state that holds the goal, where no camera shows it; None where one does.
+        longest_demonstration: control steps of the longest demonstration that the motion planner was seen to make.
+        robot: ManiSkill's default robot for the task, with which demonstrations are planned.
+    """
+
+    name: str
+    state_parts: tuple[str, ...]
+    hidden_goal: str | None
+    longest_demonstration: int
+    robot: str
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("StackCube-v1", ("qpos", "tcp_pose"), None, 120, "panda_wristcam"),
+        Task("PickCube-v1", ("qpos", "tcp_pose", "goal_pos"), "goal_pos", 88, "panda"),
+        Task("PushCube-v1", ("qpos", "tcp_pose"), None, 77, "panda"),
+        Task("PullCube-v1", ("qpos", "tcp_pose", "goal_pos"), None, 79, "panda"),
+        Task("PlaceSphere-v1", ("qpos", "tcp_pose", "bin_pos"), None, 128, "panda"),
+        Task("PegInsertionSide-v1", ("qpos", "tcp_pose"), None, 193, "panda_wristcam"),
+    )
+}
+STATE_DIMS = {"qpos": 9, "tcp_pose": 7, "goal_pos": 3, "bin_pos": 3}
+
+
+def find_task(name: str) -> Task:
+    """Return a task by its ManiSkill id.
+
+    Raises:
+        UserError: if it is none of the six; names the nearest.
+    """
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.3)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}.{hint}")
+    return TASKS[name]

@@ -1,0 +1,99 @@
+"""Weights on disk in openpi's layout: `<step>/params` holds {"params": tree}, float32, written by Orbax."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from demo2eval.errors import UserError
+from demo2eval.pi0.config import Pi0Config
+from demo2eval.pi0.parameters import flatten, table, unflatten
+
+NAMES_SHOWN = 12
+
+
+def save_params(path: Path, params: dict) -> None:
+    """Write weights so that openpi's own loader reads them.
+
+    Args:
+        path: the folder `<step>/params`, which must not exist.
+        params: nested dictionary of arrays.
+    """
+    ocp.PyTreeCheckpointer().save(Path(path).absolute(), {"params": params})
+
+
+def load_params(path: Path, config: Pi0Config | None = None) -> dict:
+    """Read weights that were written here or by openpi.
+
+    Args:
+        path: the folder `<step>/params`.
+        config: if given, the tree is compared with this model's.
+
+    Returns:
+        nested dictionary of numpy arrays, in the types in which they were stored.
+
+    Raises:
+        UserError: if the folder is missing or damaged, or the weights are of another family or size.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; a checkpoint keeps its weights in <step>/params.")
+    checkpointer = ocp.PyTreeCheckpointer()
+    try:
+        template = checkpointer.metadata(path.absolute()).item_metadata.tree
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
+        saved = checkpointer.restore(path.absolute(), ocp.args.PyTreeRestore(item=template, restore_args=arguments))
+        flat = flatten(saved["params"])
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): it is incomplete; copy or make it again."
+        ) from error
+    # openpi's training writes every leaf as <name>/value.
+    if flat and all(name.endswith("/value") for name in flat):
+        flat = {name.removesuffix("/value"): value for name, value in flat.items()}
+    if config is not None:
+        check_params(config, flat, path)
+    return unflatten(flat)
+
+
+def family_of(names) -> str:
+    """Return which family arrays of these names are of: "pi05", "pi0" or "unknown"."""
+    names = set(names)
+    if "time_mlp_in/kernel" in names:
+        return "pi05"
+    return "pi0" if "action_time_mlp_in/kernel" in names else "unknown"
+
+
+def check_params(config: Pi0Config, flat: dict[str, np.ndarray], source: Path) -> None:
+    """Compare arrays with a model's parameter table.
+
+    Raises:
+        UserError: names the arrays that are missing, left over or misshapen, and says what the file is and what to set.
+    """
+    wanted = {name: shape for name, (shape, _) in table(config).items()}
+    missing = sorted(wanted.keys() - flat.keys())
+    extra = sorted(flat.keys() - wanted.keys())
+    misshapen = sorted(name for name in wanted.keys() & flat.keys() if tuple(flat[name].shape) != wanted[name])
+    if not (missing or extra or misshapen):
+        return
+    told = []
+    if missing:
+        told.append(f"missing {_names(missing)}")
+    if extra:
+        told.append(f"left over {_names(extra)}")
+    if misshapen:
+        shapes = [f"{name} {list(flat[name].shape)} instead of {list(wanted[name])}" for name in misshapen]
+        told.append(f"misshapen {_names(shapes)}")
+    family = family_of(flat)
+    advice = "set model.overrides to the sizes of the file"
+    if family not in (config.family, "unknown"):
+        advice = f"these are weights of {family}: set model.variant to a {family} variant, or give weights of {config.family}"
+    elif extra and all("lora" in name for name in extra):
+        advice = f"these are weights with LoRA: set model.variant to {config.family}_lora"
+    raise UserError(f"{source} does not hold the weights of this {config.family} model: {'; '.join(told)}; {advice}.")
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{', '.join(names[:NAMES_SHOWN])}{more}"

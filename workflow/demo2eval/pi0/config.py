@@ -1,0 +1,143 @@
+"""Sizes and switches of Pi0 and Pi0.5. One configuration class serves both families and every size."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from demo2eval.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of one language tower: w + a b alpha/rank, for the attention and the feed-forward matrices."""
+
+    attention_rank: int
+    attention_alpha: float
+    feed_forward_rank: int
+    feed_forward_alpha: float
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """One language tower: Gemma, or the action expert that attends together with it."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    lora: LoraConfig | None = None
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """The vision tower, SigLIP's ViT without a pooling head."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    patch_size: int = 14
+    image_size: int = 224
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of one camera."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class Pi0Config:
+    """A whole model.
+
+    Attributes:
+        family: "pi05" or "pi0".
+        paligemma: the language tower that reads images and prompt.
+        action_expert: the tower that reads noisy actions; same depth and heads as `paligemma`.
+        action_dim: width of state and actions, padded.
+        action_horizon: actions in a chunk.
+        max_token_len: length to which prompts are padded.
+        dtype: of the computation; parameters are float32 for training.
+        discrete_state_input: the state is written into the prompt (Pi0.5).
+        continuous_state_token: ours, for small models from scratch: the state is one more prefix token (Pi0.5).
+        remat: recompute activations of each layer in the backward pass.
+    """
+
+    family: str
+    paligemma: GemmaConfig
+    action_expert: GemmaConfig
+    siglip: SiglipConfig
+    vocab_size: int = 257_152
+    action_dim: int = 32
+    action_horizon: int = 50
+    max_token_len: int = 200
+    dtype: str = "bfloat16"
+    discrete_state_input: bool = True
+    continuous_state_token: bool = False
+    remat: bool = True
+
+    @property
+    def is_pi05(self) -> bool:
+        """Whether time conditions the expert's norms (Pi0.5) rather than being mixed into the action tokens (Pi0)."""
+        return self.family == "pi05"
+
+
+GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
+GEMMA_300M = GemmaConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
+SO400M = SiglipConfig(width=1152, depth=27, mlp_dim=4304, num_heads=16)
+PI05 = Pi0Config("pi05", GEMMA_2B, GEMMA_300M, SO400M)
+PI0 = Pi0Config("pi0", GEMMA_2B, GEMMA_300M, SO400M, max_token_len=48, discrete_state_input=False)
+LORA = {
+    "paligemma": dataclasses.replace(GEMMA_2B, lora=LoraConfig(16, 16.0, 16, 16.0)),
+    "action_expert": dataclasses.replace(GEMMA_300M, lora=LoraConfig(32, 32.0, 32, 32.0)),
+}
+TINY = {
+    "paligemma": GemmaConfig(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=24),
+    "action_expert": GemmaConfig(width=64, depth=3, mlp_dim=192, num_heads=4, num_kv_heads=1, head_dim=24),
+    "siglip": SiglipConfig(width=96, depth=2, mlp_dim=256, num_heads=4, patch_size=16, image_size=64),
+    "vocab_size": 512,
+    "dtype": "float32",
+    "remat": False,
+}
+VARIANTS = {
+    "pi05": PI05,
+    "pi0": PI0,
+    "pi05_lora": dataclasses.replace(PI05, **LORA),
+    "pi0_lora": dataclasses.replace(PI0, **LORA),
+    "pi05_tiny": dataclasses.replace(PI05, **TINY),
+    "pi0_tiny": dataclasses.replace(PI0, **TINY),
+}
+
+
+def _replace(config, key: str, value):
+    """Return `config` with one field replaced; dots lead into nested configurations."""
+    name, _, rest = key.partition(".")
+    fields = [field.name for field in dataclasses.fields(config)]
+    if name not in fields:
+        close = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
+        raise UserError(f"model.overrides has an unknown key {key!r}.{f' Did you mean {close[0]!r}?' if close else ''}")
+    if rest:
+        value = _replace(getattr(config, name), rest, value)
+    return dataclasses.replace(config, **{name: value})
+
+
+def make_config(variant: str = "pi05", **overrides) -> Pi0Config:
+    """Return a variant's configuration with changes.
+
+    Args:
+        variant: pi05, pi0, pi05_lora, pi0_lora, pi05_tiny or pi0_tiny.
+        overrides: fields of `Pi0Config`, with dots for nested ones, such as {"siglip.width": 128}.
+
+    Raises:
+        UserError: if the variant or a key is unknown; names the nearest.
+    """
+    if variant not in VARIANTS:
+        close = difflib.get_close_matches(variant, VARIANTS, n=1)
+        raise UserError(
+            f"there is no model variant {variant!r}; there are {', '.join(VARIANTS)}.{' Near: ' + close[0] if close else ''}"
+        )
+    config = VARIANTS[variant]
+    for key, value in overrides.items():
+        config = _replace(config, key, value)
+    return config

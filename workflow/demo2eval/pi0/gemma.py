@@ -1,0 +1,182 @@
+"""Two Gemma towers that attend together: PaliGemma's language model and the action expert (Black et al., 2024).
+
+Tokens of the towers are concatenated for attention only; each tower has its own weights. The expert's norms may be conditioned on
+time (adaptive RMSNorm; Pi0.5).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from demo2eval.pi0.config import GemmaConfig
+from demo2eval.pi0.layers import dense, over_layers
+
+MASKED_LOGIT = -2.3819763e38
+ROPE_BASE = 10_000
+
+
+def rms_norm(params: dict, x: jax.Array, condition: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """RMS normalisation in float32, eps 1e-6.
+
+    Args:
+        x: [b, n, width].
+        condition: [b, width] for an adaptive norm, whose Dense gives scale, shift and gate; else None.
+
+    Returns:
+        (normed x in x's dtype, gate [b, 1, width] for the residual or None).
+    """
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+    if condition is None:
+        return (normed * (1 + params["scale"].astype(jnp.float32))).astype(x.dtype), None
+    scale, shift, gate = jnp.split(dense(params["Dense_0"], condition)[:, None, :], 3, axis=-1)
+    return (normed * (1 + scale) + shift).astype(x.dtype), gate.astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotate [b, n, heads, head_dim] by positions [b, n] (Su et al., 2021); the halves of head_dim are the pairs."""
+    half = x.shape[-1] // 2
+    timescale = ROPE_BASE ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) / timescale
+    sine, cosine = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
+
+
+def lora_scale(alpha: float, rank: int) -> float:
+    """Return the factor of a low-rank update (Hu et al., 2021)."""
+    return alpha / rank
+
+
+def project(equation: str, x: jax.Array, params: dict, config: GemmaConfig) -> jax.Array:
+    """einsum with the matrix of an attention projection, and its LoRA update if there is one."""
+    result = jnp.einsum(equation, x, params["w"].astype(x.dtype))
+    if config.lora is None:
+        return result
+    inputs, rest = equation.split(",")
+    matrix, output = rest.split("->")
+    # The rank's axis, "r", stands between the matrix's last two.
+    first = matrix[:-1] + "r"
+    middle = "".join("r" if letter == matrix[-1] else letter for letter in output)
+    if matrix[-1] not in output:
+        raise AssertionError(equation)
+    kept = middle
+    for letter in matrix[:-2]:
+        if letter not in kept:
+            kept = letter + kept
+    low = jnp.einsum(f"{inputs},{first}->{kept}", x, params["lora_a"].astype(x.dtype))
+    update = jnp.einsum(f"{kept},{matrix[:-2]}r{matrix[-1]}->{output}", low, params["lora_b"].astype(x.dtype))
+    return result + update * lora_scale(config.lora.attention_alpha, config.lora.attention_rank)
+
+
+def feed_forward(params: dict, x: jax.Array, config: GemmaConfig) -> jax.Array:
+    """Gated GELU feed-forward (Shazeer, 2020), [b, n, width] -> [b, n, width]."""
+
+    def matrix(name: str, values: jax.Array, index=()) -> jax.Array:
+        result = values @ params[name][index].astype(x.dtype)
+        if config.lora is None:
+            return result
+        low = values @ params[f"{name}_lora_a"][index].astype(x.dtype)
+        update = low @ params[f"{name}_lora_b"][index].astype(x.dtype)
+        return result + update * lora_scale(config.lora.feed_forward_alpha, config.lora.feed_forward_rank)
+
+    hidden = jax.nn.gelu(matrix("gating_einsum", x, 0), approximate=True) * matrix("gating_einsum", x, 1)
+    return matrix("linear", hidden)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Grouped-query attention with float32 logits.
+
+    Args:
+        query: [b, q, heads, head_dim], already scaled.
+        key, value: [b, n, kv heads, head_dim].
+        mask: bool [b, q, n], True where a query may look.
+
+    Returns:
+        [b, q, heads, head_dim] in query's dtype.
+    """
+    batch, length, heads, head_dim = query.shape
+    groups = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)
+    logits = jnp.einsum("bqkgd,bnkd->bkgqn", groups, key, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask[:, None, None], logits, MASKED_LOGIT)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgqn,bnkd->bqkgd", weights, value).reshape(batch, length, heads, head_dim)
+
+
+def layer(configs, params: dict, tokens: list, conditions: list, positions: jax.Array, mask: jax.Array, cache):
+    """One layer of all towers.
+
+    Args:
+        params: the layer's parameters, of all towers.
+        tokens: [b, n_i, width_i] of each tower, or None for a tower without tokens.
+        cache: (keys, values) of tokens that were computed before, or None.
+
+    Returns:
+        (tokens, (keys, values) of the tokens of this call).
+    """
+    suffixes = [("" if index == 0 else f"_{index}") for index in range(len(tokens))]
+    present = [index for index, x in enumerate(tokens) if x is not None]
+    queries, keys, values, gates = [], [], [], {}
+    for index in present:
+        config, suffix, attention = configs[index], suffixes[index], params["attn"]
+        normed, gates[index] = rms_norm(params[f"pre_attention_norm{suffix}"], tokens[index], conditions[index])
+        queries.append(project("btd,hdk->bthk", normed, attention[f"q_einsum{suffix}"], config))
+        both = project("btd,chdk->cbthk", normed, attention[f"kv_einsum{suffix}"], config)
+        keys.append(both[0])
+        values.append(both[1])
+    query = rope(jnp.concatenate(queries, axis=1), positions) * configs[0].head_dim ** -0.5
+    new = rope(jnp.concatenate(keys, axis=1), positions), jnp.concatenate(values, axis=1)
+    key, value = new if cache is None else tuple(jnp.concatenate(pair, axis=1) for pair in zip(cache, new, strict=True))
+    mixed, start, result = attend(query, key, value, mask), 0, list(tokens)
+    for index in present:
+        config, suffix, x = configs[index], suffixes[index], tokens[index]
+        own = mixed[:, start : start + x.shape[1]]
+        start += x.shape[1]
+        x = gated(x, attention_output(own, params["attn"][f"attn_vec_einsum{suffix}"], config), gates[index])
+        normed, gate = rms_norm(params[f"pre_ffw_norm{suffix}"], x, conditions[index])
+        result[index] = gated(x, feed_forward(params[f"mlp{suffix}"], normed, config), gate)
+    return result, new
+
+
+def attention_output(mixed: jax.Array, params: dict, config: GemmaConfig) -> jax.Array:
+    """Project the heads back, [b, n, heads, head_dim] -> [b, n, width]."""
+    return project("bthk,hkd->btd", mixed, params, config)
+
+
+def gated(x: jax.Array, y: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """The residual x + y, or x + y * gate."""
+    return x + y if gate is None else x + y * gate
+
+
+def embed(config: GemmaConfig, params: dict, tokens: jax.Array, dtype) -> jax.Array:
+    """Look up prompt tokens [b, l] -> [b, l, width], times sqrt(width)."""
+    return params["embedder"]["input_embedding"][tokens].astype(dtype) * jnp.sqrt(config.width).astype(dtype)
+
+
+def run(
+    configs, params: dict, tokens: list, conditions: list, positions: jax.Array, mask: jax.Array, cache=None, remat: bool = False
+):
+    """Run all layers and the final norms.
+
+    Args:
+        configs: `GemmaConfig` of each tower.
+        params: the tree below PaliGemma/llm.
+        tokens: [b, n_i, width_i] of each tower, or None.
+        conditions: [b, width_i] of each tower, or None where norms are plain.
+        positions: int32 [b, sum of n_i].
+        mask: bool [b, sum of n_i, cached + sum of n_i].
+        cache: (keys, values), each [depth, b, cached, kv heads, head_dim], or None.
+        remat: recompute each layer in the backward pass.
+
+    Returns:
+        (normed outputs of each tower or None, (keys, values) of these tokens).
+    """
+
+    def step(layer_params, carry, layer_cache=None):
+        return layer(configs, layer_params, carry, conditions, positions, mask, layer_cache)
+
+    outputs, new_cache = over_layers(step, params["layers"], tokens, extra=cache, remat=remat)
+    names = ["final_norm" if index == 0 else f"final_norm_{index}" for index in range(len(outputs))]
+    return [
+        None if x is None else rms_norm(params[name], x, condition)[0]
+        for name, x, condition in zip(names, outputs, conditions, strict=True)
+    ], new_cache

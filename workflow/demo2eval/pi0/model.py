@@ -1,0 +1,180 @@
+"""Pi0 and Pi0.5: flow matching over action chunks, given pictures, prompt and state (Black et al., 2024; Physical Intelligence, 2025).
+
+The prefix (pictures, prompt) goes through PaliGemma, the suffix (noisy actions, in Pi0 the state before them) through the action
+expert. Time 1 is noise: x_t = t noise + (1 - t) actions, and the model learns the velocity noise - actions.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from demo2eval.pi0 import gemma, siglip
+from demo2eval.pi0.config import Pi0Config
+from demo2eval.pi0.layers import dense
+from demo2eval.pi0.parameters import init_params
+
+__all__ = ["Observation", "compute_loss", "flow_loss", "init_params", "sample_actions"]
+
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+TIME_PERIODS = (4e-3, 4.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Observation:
+    """What the policy sees, a batch of b.
+
+    Attributes:
+        images: camera -> float32 [b, h, w, 3] in [-1, 1]; only cameras that exist.
+        state: float32 [b, action_dim], normalised and padded.
+        tokenized_prompt: int32 [b, l].
+        tokenized_prompt_mask: bool [b, l], False for padding.
+        image_masks: camera -> bool [b], False where a picture is missing; None where all are there.
+    """
+
+    images: dict[str, jax.Array]
+    state: jax.Array
+    tokenized_prompt: jax.Array
+    tokenized_prompt_mask: jax.Array
+    image_masks: dict[str, jax.Array] | None = None
+
+
+def time_embedding(time: jax.Array, width: int) -> jax.Array:
+    """Sines and cosines of time [b] with periods from 4e-3 to 4, geometrically spaced -> float32 [b, width]."""
+    shortest, longest = TIME_PERIODS
+    period = shortest * (longest / shortest) ** jnp.linspace(0.0, 1.0, width // 2)
+    angle = time[:, None] * (1.0 / period * 2 * jnp.pi)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def attention_mask(valid: jax.Array, opens_block: jax.Array) -> jax.Array:
+    """Which token may look at which.
+
+    Args:
+        valid: bool [b, n], False for padding.
+        opens_block: bool [n]; a token sees all blocks up to its own.
+
+    Returns:
+        bool [b, n (looking), n (seen)].
+    """
+    block = jnp.cumsum(opens_block)
+    return (block[None, :] <= block[:, None])[None] & valid[:, None, :] & valid[:, :, None]
+
+
+def embed_prefix(config: Pi0Config, params: dict, observation: Observation) -> tuple[jax.Array, jax.Array]:
+    """Return (tokens [b, n, width], valid bool [b, n]) of pictures, prompt and, if configured, the state."""
+    dtype, weights = jnp.dtype(config.dtype), params["PaliGemma"]
+    batch = observation.tokenized_prompt.shape[0]
+    tokens, valid = [], []
+    for camera in [name for name in CAMERAS if name in observation.images]:
+        encoded = siglip.encode(config.siglip, weights["img"], observation.images[camera], dtype, config.remat)
+        mask = jnp.ones(batch, bool) if observation.image_masks is None else observation.image_masks[camera]
+        tokens.append(encoded)
+        valid.append(jnp.broadcast_to(mask[:, None], encoded.shape[:2]))
+    tokens.append(gemma.embed(config.paligemma, weights["llm"], observation.tokenized_prompt, dtype))
+    valid.append(observation.tokenized_prompt_mask)
+    if config.is_pi05 and config.continuous_state_token:
+        tokens.append(dense(params["state_proj"], observation.state)[:, None].astype(dtype))
+        valid.append(jnp.ones((batch, 1), bool))
+    return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
+
+
+def embed_suffix(config: Pi0Config, params: dict, state: jax.Array, noisy_actions: jax.Array, time: jax.Array):
+    """Embed noisy actions [b, horizon, action_dim] at time [b].
+
+    Returns:
+        (tokens [b, n, width of the expert], opens_block bool [n], condition [b, width] or None).
+    """
+    dtype = jnp.dtype(config.dtype)
+    actions = dense(params["action_in_proj"], noisy_actions)
+    times = time_embedding(time, config.action_expert.width)
+    first = [True] + [False] * (config.action_horizon - 1)
+    if config.is_pi05:
+        condition = jax.nn.swish(dense(params["time_mlp_out"], jax.nn.swish(dense(params["time_mlp_in"], times))))
+        return actions.astype(dtype), jnp.array(first), condition
+    both = jnp.concatenate([actions, jnp.broadcast_to(times[:, None], actions.shape)], axis=-1)
+    mixed = dense(params["action_time_mlp_out"], jax.nn.swish(dense(params["action_time_mlp_in"], both)))
+    own = dense(params["state_proj"], state)[:, None]
+    return jnp.concatenate([own, mixed], axis=1).astype(dtype), jnp.array([True, *first]), None
+
+
+def velocity(config: Pi0Config, params: dict, suffix_out: jax.Array) -> jax.Array:
+    """Read the velocity [b, horizon, action_dim], float32, off the expert's outputs."""
+    return dense(params["action_out_proj"], suffix_out[:, -config.action_horizon :].astype(jnp.float32))
+
+
+def positions_of(valid: jax.Array) -> jax.Array:
+    """Number the tokens, padding not counted, int32 [b, n]."""
+    return jnp.cumsum(valid, axis=1) - 1
+
+
+def flow_loss(config: Pi0Config, params: dict, observation: Observation, actions: jax.Array, noise: jax.Array, time: jax.Array):
+    """Mean square error of the velocity at given noise and time.
+
+    Args:
+        actions, noise: float32 [b, horizon, action_dim].
+        time: float32 [b] in (0, 1].
+
+    Returns:
+        float32 [b, horizon], the mean over all action dimensions, padding included.
+    """
+    at = time[:, None, None]
+    noisy, target = at * noise + (1 - at) * actions, noise - actions
+    prefix, prefix_valid = embed_prefix(config, params, observation)
+    suffix, opens_block, condition = embed_suffix(config, params, observation.state, noisy, time)
+    valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
+    mask = attention_mask(valid, jnp.concatenate([jnp.zeros(prefix.shape[1], bool), opens_block]))
+    (_, suffix_out), _ = gemma.run(
+        (config.paligemma, config.action_expert),
+        params["PaliGemma"]["llm"],
+        [prefix, suffix],
+        [None, condition],
+        positions_of(valid),
+        mask,
+        remat=config.remat,
+    )
+    return jnp.mean(jnp.square(velocity(config, params, suffix_out) - target), axis=-1)
+
+
+def compute_loss(config: Pi0Config, params: dict, key: jax.Array, observation: Observation, actions: jax.Array) -> jax.Array:
+    """`flow_loss` at noise and time drawn from `key`: time is Beta(1.5, 1) * 0.999 + 0.001."""
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, actions.shape)
+    time = jax.random.beta(time_key, 1.5, 1, actions.shape[:1]) * 0.999 + 0.001
+    return flow_loss(config, params, observation, actions, noise, time)
+
+
+def sample_actions(config: Pi0Config, params: dict, observation: Observation, noise: jax.Array, num_steps: int = 10) -> jax.Array:
+    """Integrate the flow from noise at time 1 to actions at time 0 with `num_steps` Euler steps; the prefix is computed once.
+
+    Args:
+        noise: float32 [b, horizon, action_dim].
+
+    Returns:
+        actions, float32 [b, horizon, action_dim], normalised.
+    """
+    towers, llm = (config.paligemma, config.action_expert), params["PaliGemma"]["llm"]
+    prefix, prefix_valid = embed_prefix(config, params, observation)
+    mask = attention_mask(prefix_valid, jnp.zeros(prefix.shape[1], bool))
+    _, cache = gemma.run(towers, llm, [prefix, None], [None, None], positions_of(prefix_valid), mask)
+    seen = prefix_valid.sum(axis=1)[:, None]
+
+    def step(carry, _):
+        actions, time = carry
+        times = jnp.broadcast_to(time, actions.shape[:1])
+        suffix, opens_block, condition = embed_suffix(config, params, observation.state, actions, times)
+        valid = jnp.ones(suffix.shape[:2], bool)
+        own = attention_mask(valid, opens_block)
+        among = jnp.concatenate([jnp.broadcast_to(prefix_valid[:, None], (*own.shape[:2], prefix.shape[1])), own], axis=-1)
+        (_, out), _ = gemma.run(towers, llm, [None, suffix], [None, condition], seen + positions_of(valid), among, cache=cache)
+        return (actions - velocity(config, params, out) / num_steps, time - 1 / num_steps), None
+
+    (actions, _), _ = jax.lax.scan(step, (noise, jnp.float32(1.0)), None, length=num_steps)
+    return actions
+
+
+def without_masks(observation: Observation) -> Observation:
+    """Return the observation without image masks, for a batch in which every picture is there."""
+    return dataclasses.replace(observation, image_masks=None)

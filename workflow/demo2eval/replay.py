@@ -1,0 +1,232 @@
+"""Replays one shard of demonstrations in the configured control mode and adds pictures.
+
+In:  the manifest of a shard of demonstrations, with trajectory.h5 and trajectory.json beside it.
+Out: the same two files with observations, in ManiSkill's layout: obs/agent/qpos, obs/extra/<part> for every step, and
+     obs/sensor_data/<camera>/rgb uint8 [looks, H, W, 3] with obs/sensor_data/<camera>/step int64 [looks], the steps rendered.
+
+Where the control mode stays the same, the recorded states are set one by one and rendered: no physics, and the actions are those of
+the demonstration bit for bit. Otherwise ManiSkill's own conversion makes new actions and states first; a demonstration that does not
+succeed any more is left out and counted in the manifest.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from demo2eval.cli import option, run, settings_from, stage_parser
+from demo2eval.demonstrations import Demonstration, read_demonstrations
+from demo2eval.errors import UserError
+from demo2eval.manifest import making, write_atomic
+from demo2eval.maniskill.environment import limit_threads, look, make_environment, state_parts
+from demo2eval.maniskill.tasks import find_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides the replayed demonstrations."""
+
+    task: str = option("ManiSkill task, such as PushCube-v1")
+    control_mode: str = option("control mode of the actions", "pd_joint_pos")
+    cameras: list = option('cameras to render, such as ["base_camera"]')
+    image_size: int = option("side of the pictures, pixels", 128)
+    render_every: int = option("render every k-th control step", 1)
+
+
+def look_steps(length: int, render_every: int, index: int) -> np.ndarray:
+    """Return the steps of a demonstration at which it is rendered, int64 [looks].
+
+    Step 0 is always among them. The others are `render_every` apart from a first one that differs from one demonstration to the next, so
+    that a dataset of few looks still shows every phase of the task.
+
+    Args:
+        length: number of actions.
+        index: number of the demonstration in its shard.
+    """
+    return np.union1d([0], np.arange(index % render_every, length + 1, render_every)).astype(np.int64)
+
+
+class ActionRecorder:
+    """Stands in for an environment in ManiSkill's conversion and keeps every action and state."""
+
+    def __init__(self, environment):
+        self.environment = environment
+        self.unwrapped = environment.unwrapped
+        self.actions: list[np.ndarray] = []
+        self.states = [environment.unwrapped.get_state_dict()]
+        self.success: list[bool] = []
+
+    def step(self, action):
+        """Step the environment and keep the action and the state after it."""
+        result = self.environment.step(action)
+        self.actions.append(np.asarray(action, dtype=np.float32).reshape(-1))
+        self.states.append(self.unwrapped.get_state_dict())
+        self.success.append(bool(result[4]["success"]))
+        return result
+
+
+def flatten_state(state, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Yield ("actors/cube", float32 [dim]) for every array of a state dictionary of one environment."""
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from flatten_state(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", np.asarray(value, dtype=np.float32).reshape(-1)
+
+
+def nest_state(states: dict[str, np.ndarray], step: int) -> dict:
+    """Return the state dictionary of one step, shapes [1, dim], from {"actors/cube": [T + 1, dim]}."""
+    nested: dict = {}
+    for name, values in states.items():
+        group, key = name.split("/")
+        nested.setdefault(group, {})[key] = values[step : step + 1]
+    return nested
+
+
+def converted(demonstration: Demonstration, source, target) -> Demonstration | None:
+    """Return a demonstration in the control mode of `target`, or None if it does not succeed there.
+
+    Args:
+        source: an environment in the demonstration's own control mode.
+        target: an environment in the wanted one.
+    """
+    from mani_skill.trajectory.utils.actions import conversion
+
+    for environment in (source, target):
+        environment.reset(seed=demonstration.seed)
+        environment.unwrapped.set_state_dict(nest_state(demonstration.states, 0))
+    recorder = ActionRecorder(target)
+    conversion.from_pd_joint_pos(target.unwrapped.control_mode, demonstration.actions, source, recorder)
+    if not recorder.success[-1]:
+        return None
+    flat = [dict(flatten_state(state)) for state in recorder.states]
+    return Demonstration(
+        name=demonstration.name,
+        seed=demonstration.seed,
+        control_mode=target.unwrapped.control_mode,
+        actions=np.stack(recorder.actions),
+        states={name: np.stack([state[name] for state in flat]) for name in flat[0]},
+        success=np.array(recorder.success),
+    )
+
+
+def observe(environment, demonstration: Demonstration, looks: np.ndarray) -> tuple[dict, dict]:
+    """Set each recorded state and observe it.
+
+    Returns:
+        ({part: float32 [T + 1, dim]}, {camera: uint8 [looks, H, W, 3]}).
+    """
+    environment.reset(seed=demonstration.seed)
+    parts, images, rendered = [], [], set(looks.tolist())
+    for step in range(len(demonstration.actions) + 1):
+        environment.unwrapped.set_state_dict(nest_state(demonstration.states, step))
+        if step in rendered:
+            observation = look(environment)
+            images.append(observation["images"])
+            parts.append(observation["state"])
+        else:
+            parts.append(state_parts(environment))
+    stacked_parts = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
+    return stacked_parts, {camera: np.stack([image[camera] for image in images]) for camera in images[0]}
+
+
+def write_demonstration(group, demonstration: Demonstration, parts: dict, images: dict, looks: np.ndarray) -> None:
+    """Write one replayed demonstration into its HDF5 group."""
+    group["actions"] = demonstration.actions
+    group["success"] = demonstration.success
+    group["terminated"] = demonstration.success
+    group["truncated"] = np.zeros(len(demonstration.actions), dtype=bool)
+    for name, values in demonstration.states.items():
+        group.create_dataset(f"env_states/{name}", data=values, compression="gzip", compression_opts=1)
+    for name, values in parts.items():
+        group["obs/agent/qpos" if name == "qpos" else f"obs/extra/{name}"] = values
+    for camera, frames in images.items():
+        sensor = group.create_group(f"obs/sensor_data/{camera}")
+        sensor.create_dataset("rgb", data=frames, chunks=(1, *frames.shape[1:]), compression="gzip", compression_opts=1)
+        sensor["step"] = looks
+
+
+def check_source(settings: Settings, demonstrations: list[Demonstration], file: Path) -> str:
+    """Return the control mode of the demonstrations.
+
+    Raises:
+        UserError: if they are of several, or cannot be converted to the wanted one.
+    """
+    modes = {demonstration.control_mode for demonstration in demonstrations}
+    if len(modes) != 1:
+        raise UserError(f"{file} mixes the control modes {', '.join(sorted(modes))}; split it into one file for each.")
+    mode = modes.pop()
+    if mode not in (settings.control_mode, "pd_joint_pos"):
+        raise UserError(
+            f"{file} was recorded in {mode}, which cannot be converted to {settings.control_mode}; set replay.control_mode to {mode}."
+        )
+    return mode
+
+
+def replay_shard(settings: Settings, source: Path, folder: Path) -> dict:
+    """Replay source/trajectory.{h5,json} into `folder` and return what was kept and lost."""
+    import h5py
+    from tqdm import tqdm
+
+    demonstrations, description = read_demonstrations(source / "trajectory.h5", settings.task)
+    mode = check_source(settings, demonstrations, source / "trajectory.h5")
+    environment = make_environment(
+        settings.task, control_mode=settings.control_mode, cameras=settings.cameras, image_size=settings.image_size
+    )
+    converter = None if mode == settings.control_mode else make_environment(settings.task, control_mode=mode)
+    target = environment if converter is None else make_environment(settings.task, control_mode=settings.control_mode)
+    episodes, lost = [], []
+    with h5py.File(folder / "trajectory.h5", "w") as file:
+        for demonstration in tqdm(demonstrations, unit="demo", mininterval=2, desc=f"replaying {settings.task}"):
+            kept = demonstration if converter is None else converted(demonstration, converter, target)
+            if kept is None:
+                lost.append(demonstration.seed)
+                continue
+            looks = look_steps(len(kept.actions), settings.render_every, len(episodes))
+            parts, images = observe(environment, kept, looks)
+            write_demonstration(file.create_group(f"traj_{len(episodes)}"), kept, parts, images, looks)
+            episodes.append(episode_entry(len(episodes), kept))
+    description["env_info"]["env_kwargs"] |= {"obs_mode": "rgb", "control_mode": settings.control_mode}
+    write_atomic(folder / "trajectory.json", json.dumps(description | {"episodes": episodes}, indent=1))
+    seeds = [episode["episode_seed"] for episode in episodes]
+    return {"demonstrations": len(seeds), "seeds": seeds, "lost_in_conversion": lost}
+
+
+def episode_entry(index: int, demonstration: Demonstration) -> dict:
+    """Return a demonstration's entry in ManiSkill's trajectory.json."""
+    return {
+        "episode_id": index,
+        "episode_seed": demonstration.seed,
+        "control_mode": demonstration.control_mode,
+        "elapsed_steps": len(demonstration.actions),
+        "reset_kwargs": {"seed": demonstration.seed},
+        "success": bool(demonstration.success[-1]),
+    }
+
+
+def replay(settings: Settings, demos: Path, output: Path) -> None:
+    """Replay the shard of manifest `demos` and write the manifest `output`."""
+    find_task(settings.task)
+    with making(output, stage="replay", module=__spec__.name, settings=settings, inputs={"demos": demos}) as work:
+        if work.finished:
+            return
+        facts = replay_shard(settings, demos.parent, work.partial)
+        for name in ("trajectory.h5", "trajectory.json"):
+            (work.partial / name).replace(work.folder / name)
+        work.finish([work.folder / "trajectory.h5", work.folder / "trajectory.json"], **facts)
+
+
+def main() -> None:
+    """Run the stage from the command line."""
+    limit_threads()
+    parser = stage_parser(__doc__, Settings)
+    parser.add_argument("--input", type=Path, required=True, help="manifest of a shard of demonstrations")
+    parser.add_argument("--output", type=Path, required=True, help="manifest to write, .../shard-<number>/manifest.json")
+    arguments = parser.parse_args()
+    replay(settings_from(arguments, Settings), arguments.input, arguments.output)
+
+
+if __name__ == "__main__":
+    run(main)
