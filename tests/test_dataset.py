@@ -175,6 +175,14 @@ def spoil_pictures(path: Path) -> None:
         group["rgb"] = fewer
 
 
+def spoil_block(path: Path) -> None:
+    with h5py.File(path, "r") as file:
+        place = file["traj_2/obs/sensor_data/base_camera/rgb"].id.get_chunk_info(1)
+    with open(path, "r+b") as raw:
+        raw.seek(place.byte_offset)
+        raw.write(bytes(place.size))
+
+
 def spoil_half(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
@@ -186,6 +194,7 @@ def spoil_half(path: Path) -> None:
         (spoil_nan, "traj_1 holds NaN or infinity in action"),
         (spoil_state, "traj_2 has no obs/extra/tcp_pose"),
         (spoil_pictures, "traj_1 has fewer pictures"),
+        (spoil_block, "base_camera/rgb of traj_2 is damaged"),
         (spoil_half, "cannot be read"),
     ],
 )

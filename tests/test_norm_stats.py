@@ -52,9 +52,7 @@ def slow_chunks(columns: dict[str, np.ndarray], delta: bool) -> np.ndarray:
 @pytest.mark.parametrize("delta", [True, False])
 @pytest.mark.parametrize("chunkwise", [True, False])
 def test_equal_to_the_definition(columns, delta, chunkwise):
-    settings = Settings(
-        action_horizon=HORIZON, delta_action_mask=MASK if delta else None, chunkwise_action_stats=chunkwise
-    )
+    settings = Settings(action_horizon=HORIZON, delta_action_mask=MASK if delta else None, chunkwise_action_stats=chunkwise)
     chunks = slow_chunks(columns, delta)
     values = chunks if chunkwise else chunks.reshape(-1, 8)
     stats = compute(columns, settings)["actions"]

@@ -20,9 +20,7 @@ from demo2eval.training_cache import Settings, training_cache
 def stored(request, pushcube_replay, tmp_path_factory) -> tuple[str, Path]:
     """(how pictures are stored, manifest) of a dataset of two shards, the same demonstrations twice."""
     output = tmp_path_factory.mktemp(request.param) / "manifest.json"
-    settings = DatasetSettings(
-        prompt="push", cameras=["base_camera"], state=["qpos"], image_storage=request.param, video_crf=0
-    )
+    settings = DatasetSettings(prompt="push", cameras=["base_camera"], state=["qpos"], image_storage=request.param, video_crf=0)
     dataset(settings, [pushcube_replay] * 2, output)
     return request.param, output
 

@@ -1,5 +1,6 @@
 """The loader: every look once an epoch, batches that follow from seed and step alone, and noise that leads back."""
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import pytest
 
 from demo2eval.dataset import Settings as DatasetSettings
 from demo2eval.dataset import dataset
+from demo2eval.description import PolicyDescription
 from demo2eval.errors import UserError
 from demo2eval.norm_stats import Settings as NormStatsSettings
 from demo2eval.norm_stats import norm_stats
 from demo2eval.pi0.normalization import load_norm_stats
-from demo2eval.pi0.transforms import resize_with_pad
 from demo2eval.pi0.tokenizer import Tokenizer
+from demo2eval.pi0.transforms import resize_with_pad
 from demo2eval.training.loader import Prompt, TrainingData, looks_of, prefetch
 from demo2eval.training_cache import Settings as CacheSettings
 from demo2eval.training_cache import training_cache
@@ -29,7 +31,9 @@ def made(pushcube_replay, tmp_path_factory) -> dict[str, Path]:
     """Folders of a cache of 64-pixel pictures, one of whole pictures, and norm stats, all of the same three demonstrations."""
     root = tmp_path_factory.mktemp("loader")
     source = root / "dataset" / "manifest.json"
-    dataset(DatasetSettings(prompt=PROMPT, cameras=["base_camera"], state=["qpos"], image_storage="png"), [pushcube_replay], source)
+    dataset(
+        DatasetSettings(prompt=PROMPT, cameras=["base_camera"], state=["qpos"], image_storage="png"), [pushcube_replay], source
+    )
     for name, image_size in (("small", 64), ("whole", 224)):
         training_cache(CacheSettings(image_size=image_size), source, root / name / "manifest.json")
     norm_stats(NormStatsSettings(action_horizon=HORIZON, delta_action_mask=MASK), source, root / "stats" / "manifest.json")
@@ -143,6 +147,32 @@ def test_the_prompt_holds_the_state_only_where_the_model_reads_it_there(made):
     for batch in (plain, with_state):
         assert batch["tokenized_prompt"].shape == batch["tokenized_prompt_mask"].shape == (8, 80)
         assert batch["tokenized_prompt"].dtype == np.int32
+
+
+def test_a_checkpoints_assets_say_everything(made, tmp_path):
+    policy = PolicyDescription(
+        variant="pi05_tiny",
+        model_overrides={"action_horizon": HORIZON, "discrete_state_input": True, "max_token_len": 80},
+        asset_id="maniskill/PushCube-v1",
+        task="PushCube-v1",
+        prompt=PROMPT,
+        cameras={"base_0_rgb": "base_camera"},
+        image_size_rendered=128,
+        state=["qpos"],
+        control_mode="pd_joint_pos",
+        delta_action_mask=MASK,
+        action_width=8,
+        use_quantiles=True,
+    )
+    assets = tmp_path / "assets" / policy.asset_id
+    assets.mkdir(parents=True)
+    policy.write(tmp_path)
+    shutil.copy(made["stats"] / "norm_stats.json", assets)
+    Tokenizer.train([PROMPT], with_state=True).save(assets / "tokenizer.model")
+    opened = TrainingData.for_policy(made["small"], tmp_path, state_noise=0.03).batch(5, 8, seed=1)
+    config = policy.config
+    named = {"image_size": config.siglip.image_size, "action_dim": config.action_dim, "state_noise": 0.03}
+    assert same(opened, open_data(made, prompt=prompt(with_state=True), **named).batch(5, 8, seed=1))
 
 
 @pytest.mark.parametrize(

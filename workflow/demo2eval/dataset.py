@@ -11,7 +11,6 @@ Video (h264, 4:4:4) loses a little: the manifest gives the measured PSNR.
 Shards are written by separate processes. A run that was killed goes on with the shards that were not finished.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -159,7 +158,7 @@ def _end_with_parent() -> None:
 
 def write_shards(shards: list[Shard], wanted: Format, partial: Path, workers: int) -> Iterator[Shard]:
     """Write all shards with `workers` processes and yield each as it is finished."""
-    from multiprocessing import get_context
+    from multiprocessing import active_children, get_context
 
     waiting = []
     for shard in shards:
@@ -173,6 +172,7 @@ def write_shards(shards: list[Shard], wanted: Format, partial: Path, workers: in
             write_shard(shard, wanted, partial)
             yield shard
         return
+    others = set(active_children())
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
     try:
         futures = {pool.submit(write_shard, shard, wanted, partial): shard for shard in waiting}
@@ -180,7 +180,8 @@ def write_shards(shards: list[Shard], wanted: Format, partial: Path, workers: in
             future.result()
             yield futures[future]
     except BaseException:
-        for process in pool._processes.values():
+        # Unfinished shards are of no use, so nobody waits for them.
+        for process in set(active_children()) - others:
             process.terminate()
         raise
     finally:
@@ -202,7 +203,7 @@ def column_stats(values: np.ndarray) -> dict[str, np.ndarray]:
 
 def image_stats(counts: np.ndarray, pictures: int) -> dict[str, np.ndarray]:
     """Return the statistics of a camera's `pictures` pictures with the histograms `counts` [3, 256]."""
-    return dict(histogram_stats(counts)) | {"count": np.array([pictures])}
+    return histogram_stats(counts) | {"count": np.array([pictures])}
 
 
 def shard_stats(folder: Path, shard: Shard, cameras: list[str]) -> tuple[list[dict], dict[str, np.ndarray], dict]:
@@ -357,7 +358,7 @@ def worst_psnr(shards: list[Shard], partial: Path) -> dict[str, float]:
 
 def main() -> None:
     """Run the stage from the command line."""
-    parser: argparse.ArgumentParser = stage_parser(__doc__, Settings)
+    parser = stage_parser(__doc__, Settings)
     parser.add_argument("--inputs", type=Path, nargs="+", required=True, help="manifests of replayed shards, in order")
     parser.add_argument("--output", type=Path, required=True, help="manifest to write; the dataset is made beside it")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +72,19 @@ class Format:
     fps: int
 
 
-def get(group, path: str, source: Path):
-    """Return what lies at `path` of an HDF5 group, or raise a UserError that says what is missing."""
+def read(group, path: str, source: Path, stop: int | None = None) -> np.ndarray:
+    """Return the array at `path` of an HDF5 group, up to row `stop`.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    name = group.name.strip("/")
     if path not in group:
-        raise UserError(f"{source}: {group.name.strip('/')} has no {path}; replay these demonstrations again.")
-    return group[path]
+        raise UserError(f"{source}: {name} has no {path}; replay these demonstrations again.")
+    try:
+        return group[path][:stop]
+    except OSError as error:
+        raise UserError(f"{source}: {path} of {name} is damaged ({error}); delete its manifest and replay it again.") from error
 
 
 def read_state(group, parts: tuple[str, ...], length: int, source: Path) -> np.ndarray:
@@ -84,7 +92,7 @@ def read_state(group, parts: tuple[str, ...], length: int, source: Path) -> np.n
     arrays = {}
     for part in parts:
         place = f"obs/agent/{part}" if f"obs/agent/{part}" in group else f"obs/extra/{part}"
-        arrays[part] = get(group, place, source)[:length]
+        arrays[part] = read(group, place, source, length)
         if len(arrays[part]) != length:
             raise UserError(f"{source}: {group.name.strip('/')}/{place} has {len(arrays[part])} rows for {length} actions.")
     return state_vector(parts, arrays)
@@ -99,7 +107,7 @@ def picture_of_row(group, cameras: tuple[str, ...], length: int, source: Path) -
     Raises:
         UserError: if the cameras were not rendered at the same steps, or nothing was rendered at step 0.
     """
-    steps = [get(group, f"obs/sensor_data/{camera}/step", source)[()] for camera in cameras]
+    steps = [read(group, f"obs/sensor_data/{camera}/step", source) for camera in cameras]
     first = steps[0]
     name = group.name.strip("/")
     if any(not np.array_equal(first, other) for other in steps[1:]):
@@ -112,7 +120,7 @@ def picture_of_row(group, cameras: tuple[str, ...], length: int, source: Path) -
 
 def read_pictures(group, camera: str, index: np.ndarray, source: Path) -> np.ndarray:
     """Return the pictures that the rows look at, uint8 [index[-1] + 1, h, w, 3]."""
-    pictures = get(group, f"obs/sensor_data/{camera}/rgb", source)[: index[-1] + 1]
+    pictures = read(group, f"obs/sensor_data/{camera}/rgb", source, index[-1] + 1)
     if len(pictures) <= index[-1]:
         raise UserError(f"{source}: {group.name.strip('/')} has fewer pictures of {camera} than rendered steps; replay it again.")
     return pictures
@@ -198,7 +206,7 @@ def write_rows(path: Path, shard: Shard, wanted: Format) -> dict[str, np.ndarray
         for number, group, index, age in demonstrations(shard, wanted):
             length = len(index)
             columns = {
-                "action": np.asarray(get(group, "actions", shard.source), dtype=np.float32),
+                "action": read(group, "actions", shard.source).astype(np.float32),
                 "observation.state": read_state(group, wanted.state, length, shard.source),
             }
             for name, values in columns.items():
@@ -263,7 +271,7 @@ def write_shard(shard: Shard, wanted: Format, partial: Path) -> None:
     folder.rename(finished)
 
 
-def histogram_stats(counts: np.ndarray) -> Mapping[str, np.ndarray]:
+def histogram_stats(counts: np.ndarray) -> dict[str, np.ndarray]:
     """Return LeRobot's image statistics, [3, 1, 1] each in units of full brightness, of histograms [3, 256]; all are exact."""
     values = np.arange(256) / 255
     total = counts.sum(axis=1)

@@ -21,7 +21,6 @@ from demo2eval.errors import UserError
 from demo2eval.lerobot_reader import check_finite, dataset_root, dimension_names, read_columns, read_info
 from demo2eval.manifest import Work, making
 from demo2eval.pi0.normalization import NormStats, exact_stats, save_norm_stats
-from demo2eval.pi0.transforms import delta_actions
 
 STATE, ACTION, EPISODE = "observation.state", "action", "episode_index"
 TINY = 1e-3
@@ -41,6 +40,9 @@ class Settings:
 
 def action_chunks(action: np.ndarray, state: np.ndarray, episode: np.ndarray, settings: Settings) -> np.ndarray:
     """Return the action chunk at every row, float32 [rows, horizon, action width], as training sees it before normalisation."""
+    # It brings JAX along, for which --help need not wait.
+    from demo2eval.pi0.transforms import delta_actions
+
     rows = chunk_rows(np.arange(len(action)), last_rows(episode), settings.action_horizon)
     if settings.delta_action_mask is None:
         return action[rows]

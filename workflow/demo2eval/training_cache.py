@@ -31,7 +31,6 @@ from demo2eval.lerobot_reader import (
     video_rows,
 )
 from demo2eval.manifest import Work, making
-from demo2eval.pi0.transforms import resize_with_pad
 
 VECTORS = {"state": "observation.state", "action": "action"}
 
@@ -126,6 +125,9 @@ def cached_shape(info: dict, key: str, image_size: int) -> tuple[int, int]:
 
 def fill(part: Part, array: np.ndarray, folder: Path, resized_to: int | None) -> None:
     """Decode a part into its places of the camera's array, unless a killed run did so already."""
+    # It brings JAX along, for which --help need not wait.
+    from demo2eval.pi0.transforms import resize_with_pad
+
     done = folder / f"{part.camera}-{part.number:04d}.done"
     if done.exists():
         return

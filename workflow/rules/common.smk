@@ -126,6 +126,7 @@ def norm_stats_settings(run):
         "delta_action_mask": delta_action_mask(settings(run)),
         "chunkwise_action_stats": actions["chunkwise_stats"],
         "scale_floor": actions["scale_floor"],
+        "state_noise": settings(run)["training"]["state_noise"],
     }
 
 

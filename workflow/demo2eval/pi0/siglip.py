@@ -26,9 +26,10 @@ def patches(images: jax.Array, size: int) -> jax.Array:
 
 def attention(params: dict, x: jax.Array) -> jax.Array:
     """Multi-head self-attention of all tokens, [b, n, width] -> [b, n, width]."""
-    project = lambda name: (
-        jnp.einsum("bnd,dhk->bnhk", x, params[name]["kernel"].astype(x.dtype)) + params[name]["bias"].astype(x.dtype)
-    )
+
+    def project(name):
+        return jnp.einsum("bnd,dhk->bnhk", x, params[name]["kernel"].astype(x.dtype)) + params[name]["bias"].astype(x.dtype)
+
     query, key, value = project("query"), project("key"), project("value")
     logits = jnp.einsum("bqhk,bnhk->bhqn", query / jnp.sqrt(query.shape[-1]).astype(x.dtype), key)
     weights = jax.nn.softmax(logits, axis=-1)

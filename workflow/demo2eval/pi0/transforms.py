@@ -108,7 +108,10 @@ def _crop_and_rotate(picture: jax.Array, place_key: jax.Array, angle_key: jax.Ar
     turned_x = jnp.sin(angle) * y + jnp.cos(angle) * x
     source_y = corner[0] + size[0] / 2 + turned_y * size[0] / height - 0.5
     source_x = corner[1] + size[1] / 2 + turned_x * size[1] / width - 0.5
-    sample = lambda channel: jax.scipy.ndimage.map_coordinates(channel, [source_y, source_x], order=1, mode="constant", cval=0.0)
+
+    def sample(channel):
+        return jax.scipy.ndimage.map_coordinates(channel, [source_y, source_x], order=1, mode="constant", cval=0.0)
+
     return jnp.stack([sample(picture[..., channel]) for channel in range(3)], axis=-1)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from demo2eval.chunks import ARM_JOINTS, chunk_rows, last_rows
 from demo2eval.errors import UserError
-from demo2eval.pi0.normalization import NormStats, load_norm_stats
-from demo2eval.pi0.transforms import delta_actions, normalize, pad, resize_with_pad
+from demo2eval.pi0.normalization import NormStats, load_norm_stats, normalize
+from demo2eval.pi0.transforms import delta_actions, pad, resize_with_pad
 
 ORDER, NOISE = 0, 1
 RESIZE_THREADS = 8

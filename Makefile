@@ -1,0 +1,41 @@
+# make help says what there is.
+
+SHELL := /bin/sh
+PYTHON ?= python3
+CORES ?= $(shell nproc 2>/dev/null || echo 2)
+TARGET ?= results/quickstart/success.csv
+BIN := .venv/bin
+SMK := Snakefile workflow/rules
+
+.PHONY: help setup quickstart test lint format dag doctor clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+setup:  ## make the environments and see to a Vulkan device
+	@$(PYTHON) envs/setup.py
+
+quickstart: setup  ## demonstrations to success table of a tiny Pi0.5, on this machine
+	@$(BIN)/snakemake --cores $(CORES) quickstart
+
+test: setup lint  ## lint, types of files, and all tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: setup  ## ruff and snakefmt, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check $(SMK)
+
+format: setup  ## bring all code into form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt $(SMK)
+
+dag: setup  ## draw the rule graph and the jobs of TARGET as SVG into results/dag
+	@$(BIN)/python -m demo2eval.draw_graph --target $(TARGET) --output results/dag
+
+doctor: setup  ## say what this machine has, and what that lets you do
+	@$(BIN)/python -m demo2eval.doctor
+
+clean:  ## remove the environments and tools; results stay
+	rm -rf .venv envs/planning/.venv .tools

@@ -1,0 +1,143 @@
+"""The success table and curve of a run.
+
+In:  the manifests of the rollouts of its checkpoints, with episodes.csv in the folder beside each.
+Out: success.csv, one row a checkpoint, and success.png.
+
+success_once is the share of episodes in which the task was solved at some step, success_at_end at the last step; both with the bounds
+of their 95 % Wilson interval. An episode's length is the number of actions until success was first seen, or all of them where it
+never was.
+"""
+
+import csv
+import math
+from pathlib import Path
+
+from demo2eval.cli import run, stage_parser
+from demo2eval.errors import UserError
+from demo2eval.manifest import read_manifest, write_atomic
+
+Z95 = 1.959963984540054
+COLUMNS = (
+    "run",
+    "step",
+    "episodes",
+    "successes",
+    "success_once",
+    "ci_low",
+    "ci_high",
+    "success_at_end",
+    "at_end_ci_low",
+    "at_end_ci_high",
+    "mean_episode_length",
+    "wall_time_s",
+    "checkpoint",
+    "dataset",
+)
+
+
+def wilson_interval(successes: int, episodes: int, z: float = Z95) -> tuple[float, float]:
+    """Return the Wilson score interval of a proportion (Wilson, 1927), both bounds in [0, 1].
+
+    Args:
+        z: quantile of the normal distribution; the default gives 95 %.
+    """
+    share = successes / episodes
+    center = (share + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
+    half = z / (1 + z**2 / episodes) * math.sqrt(share * (1 - share) / episodes + z**2 / (4 * episodes**2))
+    # At 0 and 1 the bounds are exact; rounding must not move them past the share.
+    low = 0.0 if successes == 0 else center - half
+    high = 1.0 if successes == episodes else center + half
+    return low, high
+
+
+def table_row(run_name: str, manifest_file: Path) -> dict:
+    """Return the row of one checkpoint, from the manifest of its rollouts."""
+    manifest = read_manifest(manifest_file)
+    with open(manifest_file.with_suffix("") / "episodes.csv", newline="") as file:
+        episodes = list(csv.DictReader(file))
+    once = sum(int(row["success_once"]) for row in episodes)
+    at_end = sum(int(row["success_at_end"]) for row in episodes)
+    low, high = wilson_interval(once, len(episodes))
+    end_low, end_high = wilson_interval(at_end, len(episodes))
+    lengths = [int(row["first_success_step"] or row["steps"]) for row in episodes]
+    return {
+        "run": run_name,
+        "step": manifest["facts"]["step"],
+        "episodes": len(episodes),
+        "successes": once,
+        "success_once": round(once / len(episodes), 4),
+        "ci_low": round(low, 4),
+        "ci_high": round(high, 4),
+        "success_at_end": round(at_end / len(episodes), 4),
+        "at_end_ci_low": round(end_low, 4),
+        "at_end_ci_high": round(end_high, 4),
+        "mean_episode_length": round(sum(lengths) / len(lengths), 2),
+        "wall_time_s": manifest["wall_time_s"],
+        "checkpoint": manifest["facts"]["checkpoint"][:16],
+        "dataset": manifest["facts"]["dataset"][:16],
+    }
+
+
+def success_table(run_name: str, rollouts: list[Path], table: Path, curve: Path) -> list[dict]:
+    """Write the table and the curve of a run and return the rows.
+
+    Raises:
+        UserError: if the checkpoints were not evaluated on the same seeds under the same settings.
+    """
+    kinds = {str(read_manifest(path)["settings"]): path for path in rollouts}
+    if len(kinds) > 1:
+        one, other = list(kinds.values())[:2]
+        raise UserError(
+            f"{one} and {other} were evaluated under different settings; run their rules again before comparing them."
+        )
+    rows = sorted((table_row(run_name, path) for path in rollouts), key=lambda row: row["step"])
+    lines = [",".join(COLUMNS), *(",".join(str(row[column]) for column in COLUMNS) for row in rows)]
+    draw_curve(rows, read_manifest(rollouts[0])["settings"], curve)
+    write_atomic(table, "\n".join(lines) + "\n")
+    return rows
+
+
+def draw_curve(rows: list[dict], settings: dict, file: Path) -> None:
+    """Draw success over training steps with its intervals; the untrained floor is a dotted line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # Blue and orange of Okabe and Ito's colour-blind safe palette.
+    once, at_end = "#0072B2", "#D55E00"
+    steps = [row["step"] for row in rows]
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    axes.fill_between(
+        steps, [100 * row["ci_low"] for row in rows], [100 * row["ci_high"] for row in rows], color=once, alpha=0.18, linewidth=0
+    )
+    axes.plot(steps, [100 * row["success_once"] for row in rows], "o-", color=once, label="success once (95 % Wilson)")
+    axes.plot(steps, [100 * row["success_at_end"] for row in rows], "s--", color=at_end, markersize=4, label="success at end")
+    if rows[0]["step"] == 0:
+        axes.axhline(100 * rows[0]["success_once"], color="0.4", linestyle=":", linewidth=1, label="untrained")
+    axes.set(xlabel="training step", ylabel="successful episodes, %", ylim=(-3, 103))
+    axes.set_title(f"{rows[0]['run']}: {settings['task']}, {rows[0]['episodes']} episodes a checkpoint", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(file, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Run the stage from the command line."""
+    parser = stage_parser(__doc__)
+    parser.add_argument("--run", required=True, help="name of the run")
+    parser.add_argument("--inputs", type=Path, nargs="+", required=True, help="manifests of rollouts")
+    parser.add_argument("--table", type=Path, required=True, help="success.csv to write")
+    parser.add_argument("--curve", type=Path, required=True, help="success.png to write")
+    arguments = parser.parse_args()
+    for row in success_table(arguments.run, arguments.inputs, arguments.table, arguments.curve):
+        bounds = f"{row['ci_low']:.0%} to {row['ci_high']:.0%}"
+        print(
+            f"step {row['step']:>7}: {row['successes']}/{row['episodes']} succeed ({bounds}), at end {row['success_at_end']:.0%}"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

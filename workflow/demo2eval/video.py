@@ -1,0 +1,110 @@
+"""A video of some episodes of one checkpoint, side by side; a frame turns green when its episode has succeeded.
+
+In:  the manifest of a checkpoint.
+Out: <output without .json>.mp4 (h264, plays in browsers), every control step rendered.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from demo2eval.cli import run, settings_from, stage_parser
+from demo2eval.description import read_description
+from demo2eval.manifest import Work, making
+from demo2eval.maniskill.environment import CONTROL_FREQUENCY
+from demo2eval.maniskill.worker import EpisodeResult, play
+from demo2eval.rollout import Answerer, episode_settings
+from demo2eval.rollout import Settings as RolloutSettings
+
+TILE = 192
+BORDER = 4
+CAPTION = 16
+SUCCESS, OPEN = (0, 158, 115), (90, 90, 90)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RolloutSettings):
+    """What decides the video, given the checkpoint: the settings of the rollouts, `episodes` of them."""
+
+
+def tile(frame: np.ndarray, seed: int, success: bool) -> np.ndarray:
+    """Return one episode's part of a frame, uint8 [h, w, 3], with its border and its seed."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (TILE + 2 * BORDER, TILE + 2 * BORDER + CAPTION), SUCCESS if success else OPEN)
+    picture.paste(Image.fromarray(frame).resize((TILE, TILE), Image.Resampling.BICUBIC), (BORDER, BORDER + CAPTION))
+    ImageDraw.Draw(picture).text((BORDER + 2, 3), f"seed {seed}{'  success' if success else ''}", fill="white")
+    return np.asarray(picture)
+
+
+def frames_of(results: list[EpisodeResult]):
+    """Yield the frames of the whole video, uint8 [h, w, 3]; an episode that is over stays at its last picture."""
+    columns = min(3, len(results))
+    blank = np.zeros((TILE + 2 * BORDER + CAPTION, TILE + 2 * BORDER, 3), np.uint8)
+    for step in range(max(len(result.film) for result in results)):
+        tiles = []
+        for result in results:
+            index = min(step, len(result.film) - 1)
+            tiles.append(tile(result.film[index], result.seed, bool(result.successes[index])))
+        tiles += [blank] * (-len(tiles) % columns)
+        yield np.concatenate(
+            [np.concatenate(tiles[row : row + columns], axis=1) for row in range(0, len(tiles), columns)], axis=0
+        )
+
+
+def write_video(file: Path, frames) -> int:
+    """Encode frames with even sides, uint8 [h, w, 3], at the control frequency; return their number."""
+    import av
+
+    count = 0
+    with av.open(str(file), "w", options={"movflags": "+faststart"}) as container:
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=CONTROL_FREQUENCY, options={"crf": "23"})
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                stream.codec_context.thread_count = 1
+                stream.time_base = Fraction(1, CONTROL_FREQUENCY)
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(stream.encode(picture))
+            count += 1
+        container.mux(stream.encode())
+    return count
+
+
+def video(settings: Settings, checkpoint: Path, output: Path, *, workers: int = 1) -> None:
+    """Film the checkpoint of a manifest and write the manifest `output`."""
+    with making(output, stage="video", module=__spec__.name, settings=settings, inputs={"checkpoint": checkpoint}) as work:
+        if not work.finished:
+            _make(settings, checkpoint, work, workers)
+
+
+def _make(settings: Settings, checkpoint: Path, work: Work, workers: int) -> None:
+    from tqdm import tqdm
+
+    payload = checkpoint.with_suffix("")
+    simulators = episode_settings(settings, read_description(payload), film=True)
+    playing = play(simulators, settings.seeds, workers, Answerer(payload, settings, workers))
+    results = list(tqdm(playing, total=settings.episodes, unit="episode", mininterval=2, desc="filming"))
+    results.sort(key=lambda result: result.seed)
+    count = write_video(work.partial / "video.mp4", frames_of(results))
+    target = work.output.with_suffix(".mp4")
+    (work.partial / "video.mp4").replace(target)
+    work.finish([target], frames=count, successes=sum(result.success_once for result in results))
+
+
+def main() -> None:
+    """Run the stage from the command line."""
+    parser = stage_parser(__doc__, Settings)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="manifest of the checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="manifest to write, <run>/videos/<step>.json")
+    parser.add_argument("--workers", type=int, default=1, help="simulator processes (default: 1)")
+    arguments = parser.parse_args()
+    video(settings_from(arguments, Settings), arguments.checkpoint, arguments.output, workers=arguments.workers)
+
+
+if __name__ == "__main__":
+    run(main)
