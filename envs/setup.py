@@ -148,8 +148,8 @@ def sync(uv, folder, *options):
     environment = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")}
     if subprocess.run([*command, *options], env=environment).returncode:
         raise SetupError(
-            f"uv could not make {folder.relative_to(ROOT)}/.venv; see its words above. Without Python 3.12 on the PATH, uv downloads one: where it may "
-            "not, install Python 3.12."
+            f"uv could not make {folder.relative_to(ROOT)}/.venv; see its words above. Where no Python {PYTHON} is on the PATH, uv "
+            f"downloads one: where it may not, install Python {PYTHON}."
         )
     stamp.write_text(stamp_text)
     say("made {} in {:.0f} s".format(folder.relative_to(ROOT) / ".venv", time.time() - started))
