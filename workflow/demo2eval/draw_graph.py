@@ -3,8 +3,8 @@
 In:  a target, such as results/quickstart/success.csv.
 Out: <output>/rulegraph.svg, <output>/dag.svg.
 
-Snakemake says what depends on what; nodes are laid out in layers by their longest way from the inputs, and within a layer by the mean
-place of their neighbours (Sugiyama, Tagawa and Toda, 1981).
+Snakemake says what depends on what; arrows that others imply are left out. Nodes are laid out in layers by their longest way from the
+inputs, and within a layer by the mean place of their neighbours (Sugiyama, Tagawa and Toda, 1981).
 """
 
 import re
@@ -47,13 +47,37 @@ def ask_snakemake(target: str, kind: str, extra: list[str]) -> str:
     return result.stdout
 
 
+def short(label: str) -> str:
+    """Return a job's label with the names of shared work, which are long, left out."""
+    lines = label.split("\\n")
+    return "\n".join([lines[0], *(line for line in lines[1:] if line.startswith(("shard:", "step:")))])
+
+
 def parse_dot(text: str) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """Return ({node: label}, [(node, node that depends on it), ...]) of a graph as Snakemake writes it."""
-    labels = {
-        node: label.replace("\\n", "\n")
-        for node, label in re.findall(r'^\s*(\d+)\s*\[\s*label\s*=\s*"([^"]*)"', text, re.MULTILINE)
-    }
-    return labels, [(one, other) for one, other in re.findall(r"(\d+)\s*->\s*(\d+)", text) if one != other]
+    nodes = re.findall(r'^\s*(\d+)\s*\[\s*label\s*=\s*"([^"]*)"', text, re.MULTILINE)
+    edges = [(one, other) for one, other in re.findall(r"(\d+)\s*->\s*(\d+)", text) if one != other]
+    return {node: short(label) for node, label in nodes}, without_implied(edges)
+
+
+def without_implied(edges: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the edges without those that a longer way implies (transitive reduction; Aho, Garey and Ullman, 1972)."""
+    after = defaultdict(set)
+    for one, other in edges:
+        after[one].add(other)
+
+    def reaches(start: str, wanted: str) -> bool:
+        waiting, seen = [node for node in after[start] if node != wanted], set()
+        while waiting:
+            node = waiting.pop()
+            if node == wanted:
+                return True
+            if node not in seen:
+                seen.add(node)
+                waiting.extend(after[node])
+        return False
+
+    return [(one, other) for one, other in edges if not reaches(one, other)]
 
 
 def layers_of(labels: dict[str, str], edges: list[tuple[str, str]]) -> list[list[str]]:
@@ -98,7 +122,7 @@ def draw(labels: dict[str, str], edges: list[tuple[str, str]], file: Path) -> No
 
     layers = layers_of(labels, edges)
     widest = max(len(layer) for layer in layers)
-    step_x, step_y = 1.75, 0.85 if max(label.count("\n") for label in labels.values()) == 0 else 1.1
+    step_x, step_y = 1.75, 0.85 if max(label.count("\n") for label in labels.values()) == 0 else 1.05
     place = {}
     for level, layer in enumerate(layers):
         for index, node in enumerate(layer):

@@ -21,7 +21,7 @@ from demo2eval.errors import UserError
 from demo2eval.lerobot_reader import IMAGE_PREFIX, PICTURE_AGE
 from demo2eval.maniskill.observation import state_vector
 
-# One second: a row at random is at most this many frames from a key frame. LeRobot uses 2, which makes the file five times as large.
+# One second: a row at random is at most this many frames from a key frame. LeRobot uses 2, for files three to five times as large.
 KEY_FRAME_INTERVAL = 20
 PRESET = "veryfast"
 PNG_COMPRESSION = 2
