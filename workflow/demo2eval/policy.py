@@ -8,35 +8,51 @@ import jax
 import numpy as np
 
 from demo2eval.description import assets_folder, read_description
+from demo2eval.errors import UserError
 from demo2eval.pi0.checkpoint import load_params
 from demo2eval.pi0.model import Observation, sample_actions
 from demo2eval.pi0.normalization import load_norm_stats, normalize, unnormalize
 from demo2eval.pi0.tokenizer import Tokenizer
 from demo2eval.pi0.transforms import absolute_actions, pad, resize_with_pad
 
+BATCH_SIZES = {"cpu": 4, "gpu": 8}
+"""Looks answered at once, by JAX's backend: a CPU's time grows with the batch, a GPU's hardly."""
+
 
 class Policy:
-    """A loaded checkpoint that answers looks, several at a time, always with the same compiled batch size."""
+    """A loaded checkpoint that answers looks, always with the same compiled batch size.
 
-    def __init__(self, checkpoint: Path, *, batch_size: int, flow_steps: int = 10):
+    Batches of different sizes differ in their last bits, which a contact in the simulator turns into another episode. One fixed size
+    makes the answer to a look independent of how many are asked together.
+    """
+
+    def __init__(self, checkpoint: Path, *, flow_steps: int = 10, batch_size: int | None = None):
         """Load a checkpoint.
 
         Args:
             checkpoint: the folder of a step, results/<run>/checkpoints/<step>.
-            batch_size: of the compiled model; fewer looks are padded to it, so an answer does not depend on how many are asked.
             flow_steps: Euler steps from noise to actions.
+            batch_size: looks answered at once; None takes that of `BATCH_SIZES`.
 
         Raises:
             UserError: if something of the checkpoint is missing or does not fit.
         """
         self.description = read_description(checkpoint)
         self.config = self.description.config
-        self.batch_size = batch_size
+        self.batch_size = batch_size or BATCH_SIZES.get(jax.default_backend(), 8)
         assets = assets_folder(checkpoint)
+        self._checkpoint = checkpoint
         self._stats = load_norm_stats(assets / "norm_stats.json")
         self._tokenizer = Tokenizer.from_file(assets / "tokenizer.model")
         self._params = jax.device_put(load_params(Path(checkpoint) / "params", self.config))
         self._sample = jax.jit(partial(sample_actions, self.config, num_steps=flow_steps))
+
+    def compile(self) -> None:
+        """Compile the model, which the first answer would do otherwise."""
+        size = self.description.image_size_rendered
+        black = {camera: np.zeros((size, size, 3), np.uint8) for camera in self.description.cameras.values()}
+        state = np.zeros(self._stats["state"].mean.shape[-1], np.float32)
+        self.act([{"images": black, "state": state}], [self.noise(0, 0, 0)])
 
     def noise(self, policy_seed: int, episode_seed: int, look: int) -> np.ndarray:
         """Return the noise of one look, float32 [horizon, action_dim]; it depends on these three numbers alone."""
@@ -47,7 +63,7 @@ class Policy:
         """Return what the model sees of looks.
 
         Args:
-            observations: n <= batch_size looks, {"images": {ManiSkill's camera: uint8 [h, w, 3]}, "state": float32 [S]}.
+            observations: n looks, {"images": {ManiSkill's camera: uint8 [h, w, 3]}, "state": float32 [S]}.
 
         Returns:
             an `Observation` of n.
@@ -71,23 +87,44 @@ class Policy:
             tokenized_prompt_mask=np.stack([mask for _, mask in tokens]),
         )
 
-    def act(self, observations: Sequence[Mapping], noise: Sequence[np.ndarray]) -> np.ndarray:
-        """Answer looks.
+    def actions(self, chunk: np.ndarray, states: np.ndarray) -> np.ndarray:
+        """Return what the model says as actions of the environment.
 
         Args:
-            observations: n <= batch_size looks, as for `inputs`.
-            noise: of each look, float32 [horizon, action_dim].
+            chunk: [n, horizon, action_dim], normalised and padded.
+            states: float32 [n, S], of the looks that were answered.
 
         Returns:
             float32 [n, horizon, action width] in the environment's units, absolute where the model predicts differences.
         """
-        count = len(observations)
-        filled = [observations[min(index, count - 1)] for index in range(self.batch_size)]
-        drawn = np.stack([noise[min(index, count - 1)] for index in range(self.batch_size)])
-        chunk = np.asarray(self._sample(self._params, self.inputs(filled), drawn))[:count]
-        chunk = chunk[..., : self.description.action_width].astype(np.float64)
-        actions = unnormalize(chunk, self._stats["actions"], self.description.use_quantiles)
+        known = np.asarray(chunk, np.float64)[..., : self.description.action_width]
+        actions = unnormalize(known, self._stats["actions"], self.description.use_quantiles)
         if self.description.delta_action_mask is not None:
-            states = np.stack([item["state"] for item in observations])
             actions = absolute_actions(actions, states, self.description.delta_action_mask)
         return actions.astype(np.float32)
+
+    def act(self, observations: Sequence[Mapping], noise: Sequence[np.ndarray]) -> np.ndarray:
+        """Answer looks.
+
+        Args:
+            observations: n looks, as for `inputs`.
+            noise: of each look, float32 [horizon, action_dim].
+
+        Returns:
+            as `actions`.
+
+        Raises:
+            UserError: if the model's output is not finite.
+        """
+        batches = range(0, len(observations), self.batch_size)
+        parts = [(observations[start : start + self.batch_size], noise[start : start + self.batch_size]) for start in batches]
+        chunk = np.concatenate([self._answer(*part) for part in parts])
+        if not np.isfinite(chunk).all():
+            raise UserError(f"the policy in {self._checkpoint} answers with values that are not finite; its training diverged.")
+        return self.actions(chunk, np.stack([item["state"] for item in observations]))
+
+    def _answer(self, observations: Sequence[Mapping], noise: Sequence[np.ndarray]) -> np.ndarray:
+        missing = self.batch_size - len(observations)
+        inputs = self.inputs([*observations, *[observations[-1]] * missing])
+        drawn = np.stack([*noise, *[noise[-1]] * missing])
+        return np.asarray(self._sample(self._params, inputs, drawn))[: len(observations)]

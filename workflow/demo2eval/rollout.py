@@ -1,13 +1,15 @@
 """Rollouts of one checkpoint: one episode on each of a fixed list of seeds.
 
-In:  the manifest of a checkpoint, and that of the dataset, whose demonstrations' seeds must not be among those evaluated.
+In:  the manifest of a checkpoint, and that of its dataset, whose demonstrations' seeds must not be among those evaluated.
 Out: <output without .json>/episodes.csv, one row an episode: seed, success_once, success_at_end, first_success_step, steps, looks.
 
-Pictures are rendered only when the policy looks. The noise of a look depends on policy seed, episode seed and look number alone, so
-the number of workers changes the time and not what a policy is given. Finished episodes outlive a killed process.
+Pictures are rendered only when the policy looks. Each episode starts in a fresh scene, and the noise of a look follows from policy
+seed, episode seed and look number alone, so the number of workers changes the time and not the result. Finished episodes outlive a
+killed process.
 """
 
 import csv
+import io
 import os
 import sys
 import time
@@ -17,8 +19,8 @@ from pathlib import Path
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.description import PolicyDescription, read_description
 from demo2eval.errors import UserError
-from demo2eval.manifest import Work, making, read_manifest
-from demo2eval.maniskill.worker import EpisodeResult, EpisodeSettings, play, without_film
+from demo2eval.manifest import Work, making, read_manifest, write_atomic
+from demo2eval.maniskill.worker import EpisodeResult, EpisodeSettings, play
 
 COLUMNS = ("seed", "success_once", "success_at_end", "first_success_step", "steps", "looks")
 
@@ -45,8 +47,11 @@ def episode_settings(settings: Settings, description: PolicyDescription, film: b
     """Return what the simulators need, as the policy was trained.
 
     Raises:
-        UserError: if the policy is of another task, or predicts fewer actions than are to be executed.
+        UserError: if the policy is of another task, or predicts fewer actions than are to be executed, or a number is below 1.
     """
+    for name in ("episodes", "max_episode_steps", "replan_interval", "flow_steps"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"evaluation.{name} is {getattr(settings, name)}; it must be at least 1.")
     if description.task != settings.task:
         raise UserError(
             f"the checkpoint is a policy for {description.task}, not for {settings.task}; evaluate it on its own task."
@@ -71,16 +76,19 @@ def episode_settings(settings: Settings, description: PolicyDescription, film: b
 class Answerer:
     """Answers the looks of simulators with a checkpoint's policy."""
 
-    def __init__(self, checkpoint: Path, settings: Settings, batch_size: int):
+    def __init__(self, checkpoint: Path, settings: Settings):
         """Take the checkpoint's folder; it is loaded by `prepare`."""
-        self._checkpoint, self._settings, self._batch_size = checkpoint, settings, batch_size
+        self._checkpoint, self._settings = checkpoint, settings
         self._policy = None
 
     def prepare(self) -> None:
-        """Load the policy, while the simulators start."""
+        """Load and compile the policy, while the simulators start."""
+        # JAX would take most of a GPU's memory at once, and the simulators render on the same one.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         from demo2eval.policy import Policy
 
-        self._policy = Policy(self._checkpoint, batch_size=self._batch_size, flow_steps=self._settings.flow_steps)
+        self._policy = Policy(self._checkpoint, flow_steps=self._settings.flow_steps)
+        self._policy.compile()
 
     def __call__(self, looks: list[tuple[int, int, dict]]):
         """Return the actions of looks (seed, look number, observation), float32 [n, horizon, action width]."""
@@ -88,9 +96,16 @@ class Answerer:
         return self._policy.act([observation for _, _, observation in looks], noise)
 
 
-def check_seeds(settings: Settings, dataset: Path) -> None:
-    """Raise a UserError if a demonstration of the dataset has a seed that is to be evaluated."""
-    shared = sorted(set(settings.seeds) & set(read_manifest(dataset)["facts"]["seeds"]))
+def check_seeds(settings: Settings, checkpoint: Path, dataset: Path) -> None:
+    """Raise a UserError if a demonstration that the checkpoint was trained on has a seed that is to be evaluated.
+
+    Args:
+        checkpoint, dataset: manifests; the dataset must be the checkpoint's.
+    """
+    content = read_manifest(dataset)
+    if read_manifest(checkpoint)["facts"]["dataset"] != content["digest"]:
+        raise UserError(f"{checkpoint} was not trained on {dataset}; give the manifest of its own dataset.")
+    shared = sorted(set(settings.seeds) & set(content["facts"]["seeds"]))
     if shared:
         raise UserError(
             f"{len(shared)} evaluation seeds, {shared[0]} among them, were used by demonstrations of {dataset}; "
@@ -99,95 +114,96 @@ def check_seeds(settings: Settings, dataset: Path) -> None:
 
 
 def read_finished(file: Path) -> dict[int, dict]:
-    """Return the finished episodes by seed that a killed process left; a row that was cut is dropped."""
+    """Return the finished episodes by seed that a killed process left; a line that was cut is dropped."""
     if not file.exists():
         return {}
-    with open(file, newline="") as source:
-        rows = [row for row in csv.DictReader(source) if None not in row.values() and row["looks"]]
-    return {int(row["seed"]): row for row in rows}
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return {int(row["seed"]): row for row in csv.DictReader(lines)}
 
 
 def row_of(result: EpisodeResult) -> dict:
-    """Return an episode as a row of episodes.csv."""
-    row = without_film(result)
-    never = row["first_success_step"] is None
-    return {
-        **row,
-        "success_once": int(row["success_once"]),
-        "success_at_end": int(row["success_at_end"]),
-        "first_success_step": "" if never else row["first_success_step"],
-    }
+    """Return an episode as a row of episodes.csv: whole numbers, yes is 1; first_success_step is empty where success was never seen."""
+    values = {column: getattr(result, column) for column in COLUMNS}
+    return {column: "" if value is None else int(value) for column, value in values.items()}
 
 
-def rollout(settings: Settings, checkpoint: Path, dataset: Path, output: Path, *, workers: int = 1) -> None:
+def rollout(settings: Settings, checkpoint: Path, dataset: Path | None, output: Path, *, workers: int = 1) -> None:
     """Evaluate the checkpoint of a manifest and write the manifest `output`.
 
     Args:
-        checkpoint, dataset: manifests.
+        checkpoint, dataset: manifests; without a dataset the evaluation seeds are not compared with the demonstrations'.
         workers: simulator processes.
 
     Raises:
         UserError: if evaluation seeds were demonstrated, or the checkpoint does not fit the task.
     """
-    inputs = {"checkpoint": checkpoint, "dataset": dataset}
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; it must be at least 1.")
+    inputs = {"checkpoint": checkpoint} | ({"dataset": dataset} if dataset else {})
     with making(output, stage="rollout", module=__spec__.name, settings=settings, inputs=inputs) as work:
-        if not work.finished:
-            check_seeds(settings, dataset)
-            _make(settings, checkpoint, work, workers)
+        if work.finished:
+            return
+        if dataset:
+            check_seeds(settings, checkpoint, dataset)
+        _make(settings, checkpoint, work, workers)
 
 
 def _make(settings: Settings, checkpoint: Path, work: Work, workers: int) -> None:
-    from tqdm import tqdm
-
     payload = checkpoint.with_suffix("")
     simulators = episode_settings(settings, read_description(payload))
-    partial = work.partial / "episodes.csv"
+    started = time.monotonic()
+    rows, played = _play_all(settings, simulators, Answerer(payload, settings), work.partial / "episodes.csv", workers)
+    print(f"{played} episodes in {time.monotonic() - started:.0f} s", file=sys.stderr)
+    target = work.output.with_suffix("") / "episodes.csv"
+    target.parent.mkdir(exist_ok=True)
+    write_episodes(target, rows)
+    manifest = read_manifest(checkpoint)
+    work.finish(
+        [target],
+        step=manifest["facts"]["step"],
+        successes=sum(int(row["success_once"]) for row in rows),
+        checkpoint=manifest["digest"],
+        dataset=manifest["facts"]["dataset"],
+    )
+
+
+def _play_all(
+    settings: Settings, simulators: EpisodeSettings, answerer: Answerer, partial: Path, workers: int
+) -> tuple[list, int]:
+    """Play what the file `partial` lacks, adding to it; return the rows of all episodes by seed, and how many were played now."""
+    from tqdm import tqdm
+
     finished = read_finished(partial)
     left = [seed for seed in settings.seeds if seed not in finished]
-    started = time.monotonic()
-    with open(partial, "a", newline="") as file, tqdm(total=len(left), unit="episode", mininterval=2, desc="rollouts") as bar:
-        table = csv.DictWriter(file, COLUMNS)
-        if not finished:
-            file.seek(0)
-            file.truncate()
-            table.writeheader()
+    write_episodes(partial, list(finished.values()))
+    bar = tqdm(total=settings.episodes, initial=len(finished), unit="episode", mininterval=2, desc="rollouts")
+    with open(partial, "a", newline="") as file, bar:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         successes = sum(int(row["success_once"]) for row in finished.values())
-        for result in play(simulators, left, workers, Answerer(payload, settings, workers)):
+        for result in play(simulators, left, workers, answerer):
             finished[result.seed] = row_of(result)
             table.writerow(finished[result.seed])
             file.flush()
             successes += result.success_once
-            bar.update(1)
             bar.set_postfix(success=f"{successes}/{len(finished)}", refresh=False)
-    target = work.output.with_suffix("") / "episodes.csv"
-    target.parent.mkdir(exist_ok=True)
-    write_episodes(target, [finished[seed] for seed in settings.seeds])
-    print(f"{len(left)} episodes in {time.monotonic() - started:.0f} s", file=sys.stderr)
-    facts = read_manifest(checkpoint)["facts"]
-    work.finish(
-        [target],
-        step=facts["step"],
-        successes=successes,
-        checkpoint=read_manifest(checkpoint)["digest"],
-        dataset=facts["dataset"],
-    )
+            bar.update(1)
+    return [finished[seed] for seed in settings.seeds], len(left)
 
 
 def write_episodes(file: Path, rows: list[dict]) -> None:
     """Write episodes.csv, whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(temporary, "w", newline="") as target:
-        table = csv.DictWriter(target, COLUMNS)
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(temporary, file)
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomic(file, text.getvalue())
 
 
 def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__, Settings)
     parser.add_argument("--checkpoint", type=Path, required=True, help="manifest of the checkpoint")
-    parser.add_argument("--dataset", type=Path, required=True, help="manifest of the dataset that it was trained on")
+    parser.add_argument("--dataset", type=Path, help="manifest of the dataset that it was trained on, to compare seeds")
     parser.add_argument("--output", type=Path, required=True, help="manifest to write, <run>/rollouts/<step>.json")
     parser.add_argument("--workers", type=int, default=1, help="simulator processes (default: 1)")
     arguments = parser.parse_args()

@@ -87,7 +87,7 @@ def _make(settings: Settings, checkpoint: Path, work: Work, workers: int) -> Non
 
     payload = checkpoint.with_suffix("")
     simulators = episode_settings(settings, read_description(payload), film=True)
-    playing = play(simulators, settings.seeds, workers, Answerer(payload, settings, workers))
+    playing = play(simulators, settings.seeds, workers, Answerer(payload, settings))
     results = list(tqdm(playing, total=settings.episodes, unit="episode", mininterval=2, desc="filming"))
     results.sort(key=lambda result: result.seed)
     count = write_video(work.partial / "video.mp4", frames_of(results))

@@ -17,7 +17,7 @@ rule rollout:
         options=lambda wildcards: options(rollout_settings(wildcards.run)),
         code=code("rollout"),
     shell:
-        "{PYTHON} -m demo2eval.rollout {params.options} --checkpoint {input.checkpoint} --dataset {input.dataset}"
+        "{JAX_PYTHON} -m demo2eval.rollout {params.options} --checkpoint {input.checkpoint} --dataset {input.dataset}"
         " --output {output} --workers {resources.simulators} 2>&1 | tee {log}"
 
 
@@ -35,7 +35,7 @@ rule video:
         options=lambda wildcards: options(video_settings(wildcards.run)),
         code=code("video"),
     shell:
-        "{PYTHON} -m demo2eval.video {params.options} --checkpoint {input} --output {output} --workers {threads} 2>&1 | tee {log}"
+        "{JAX_PYTHON} -m demo2eval.video {params.options} --checkpoint {input} --output {output} --workers {threads} 2>&1 | tee {log}"
 
 
 rule success_table:

@@ -12,7 +12,7 @@ rule init_checkpoint:
         options=lambda wildcards: options(init_settings(wildcards.run)),
         code=code("init_checkpoint"),
     shell:
-        "{PYTHON} -m demo2eval.init_checkpoint {params.options} --norm-stats {input.norm_stats} --output {output}"
+        "{JAX_PYTHON} -m demo2eval.init_checkpoint {params.options} --norm-stats {input.norm_stats} --output {output}"
         " 2>&1 | tee {log}"
 
 
@@ -34,5 +34,5 @@ rule train_segment:
         options=lambda wildcards: options({"to_step": int(wildcards.step)} | training_settings(wildcards.run)),
         code=code("train_segment"),
     shell:
-        "{PYTHON} -m demo2eval.train_segment {params.options} --previous {input.previous} --cache {input.cache}"
+        "{JAX_PYTHON} -m demo2eval.train_segment {params.options} --previous {input.previous} --cache {input.cache}"
         " --output {output} 2>&1 | tee {log}"
