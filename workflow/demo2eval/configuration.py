@@ -11,6 +11,7 @@ import jsonschema
 import yaml
 
 from demo2eval.errors import UserError
+from demo2eval.maniskill.observation import check_state_parts
 from demo2eval.maniskill.tasks import find_task
 
 SCHEMA = Path(__file__).resolve().parent.parent / "schemas" / "config.schema.yaml"
@@ -92,6 +93,7 @@ def run_settings(config: Mapping, run: str) -> dict:
     settings = _overlay(_overlay(_overlay({}, config["defaults"]), task), own)
     settings["task"] = own["task"]
     settings["prompt"] = own.get("prompt", task["prompt"])
+    check_state_parts(settings["task"], settings["dataset"]["state"])
     for problem in problems(settings):
         raise UserError(f"run {run!r}: {problem}")
     return settings

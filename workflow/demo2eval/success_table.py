@@ -12,6 +12,8 @@ import csv
 import math
 from pathlib import Path
 
+import numpy as np
+
 from demo2eval.cli import run, stage_parser
 from demo2eval.errors import UserError
 from demo2eval.manifest import read_manifest, write_atomic
@@ -50,11 +52,28 @@ def wilson_interval(successes: int, episodes: int, z: float = Z95) -> tuple[floa
     return low, high
 
 
+def read_episodes(manifest_file: Path) -> list[dict[str, str]]:
+    """Return the rows of episodes.csv beside the manifest of rollouts."""
+    path = manifest_file.with_suffix("") / "episodes.csv"
+    try:
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; delete {manifest_file}, and its rule will run again.") from None
+
+
 def table_row(run_name: str, manifest_file: Path) -> dict:
-    """Return the row of one checkpoint, from the manifest of its rollouts."""
+    """Return the row of one checkpoint, from the manifest of its rollouts.
+
+    Raises:
+        UserError: if the episodes are missing or are not those of the manifest.
+    """
     manifest = read_manifest(manifest_file)
-    with open(manifest_file.with_suffix("") / "episodes.csv", newline="") as file:
-        episodes = list(csv.DictReader(file))
+    episodes = read_episodes(manifest_file)
+    if len(episodes) != manifest["settings"]["episodes"]:
+        raise UserError(
+            f"{manifest_file} is of {manifest['settings']['episodes']} episodes, but episodes.csv beside it has {len(episodes)}; delete the manifest, and its rule will run again."
+        )
     once = sum(int(row["success_once"]) for row in episodes)
     at_end = sum(int(row["success_at_end"]) for row in episodes)
     low, high = wilson_interval(once, len(episodes))
@@ -104,23 +123,27 @@ def draw_curve(rows: list[dict], settings: dict, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    # Blue and orange of Okabe and Ito's colour-blind safe palette.
-    once, at_end = "#0072B2", "#D55E00"
     steps = [row["step"] for row in rows]
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    axes.fill_between(
-        steps, [100 * row["ci_low"] for row in rows], [100 * row["ci_high"] for row in rows], color=once, alpha=0.18, linewidth=0
+    # Blue and vermilion of Okabe and Ito's colour-blind safe palette; marker and line tell the curves apart in grey as well.
+    curves = (
+        ("success_at_end", "at_end_ci_low", "at_end_ci_high", "#D55E00", "s--", "success at end"),
+        ("success_once", "ci_low", "ci_high", "#0072B2", "o-", "success once"),
     )
-    axes.plot(steps, [100 * row["success_once"] for row in rows], "o-", color=once, label="success once (95 % Wilson)")
-    axes.plot(steps, [100 * row["success_at_end"] for row in rows], "s--", color=at_end, markersize=4, label="success at end")
-    if rows[0]["step"] == 0:
-        axes.axhline(100 * rows[0]["success_once"], color="0.4", linestyle=":", linewidth=1, label="untrained")
-    axes.set(xlabel="training step", ylabel="successful episodes, %", ylim=(-3, 103))
+    for share, low, high, color, style, label in curves:
+        percent = {key: [100 * row[key] for row in rows] for key in (share, low, high)}
+        bars = [np.subtract(percent[share], percent[low]), np.subtract(percent[high], percent[share])]
+        axes.fill_between(steps, percent[low], percent[high], color=color, alpha=0.12, linewidth=0)
+        axes.errorbar(steps, percent[share], bars, fmt=style, color=color, markersize=5, capsize=3, elinewidth=1, label=label)
+    if steps[0] == 0:
+        axes.axhline(100 * rows[0]["success_once"], color="0.3", linestyle=":", linewidth=1.2, label="untrained, success once")
+    axes.set(xlabel="training step", ylabel="successful episodes (%), 95 % Wilson interval", ylim=(-3, 103))
     axes.set_title(f"{rows[0]['run']}: {settings['task']}, {rows[0]['episodes']} episodes a checkpoint", fontsize=11)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(file, dpi=150, metadata={"Software": None})
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9)
+    figure.savefig(file, dpi=150, format="png", metadata={"Software": None})
     pyplot.close(figure)
 
 

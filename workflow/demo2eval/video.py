@@ -1,9 +1,11 @@
-"""A video of some episodes of one checkpoint, side by side; a frame turns green when its episode has succeeded.
+"""A video of some episodes of one checkpoint, side by side; a border turns green when its episode has succeeded.
 
 In:  the manifest of a checkpoint.
-Out: <output without .json>.mp4 (h264, plays in browsers), every control step rendered.
+Out: <output without .json>.mp4 (h264, plays in browsers), every control step, seen by ManiSkill's camera for people rather than by
+     the policy's. Under the settings of the rollouts these are the same episodes.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,13 +16,15 @@ from demo2eval.cli import run, settings_from, stage_parser
 from demo2eval.description import read_description
 from demo2eval.manifest import Work, making
 from demo2eval.maniskill.environment import CONTROL_FREQUENCY
-from demo2eval.maniskill.worker import EpisodeResult, play
+from demo2eval.maniskill.worker import FILM_SIZE, EpisodeResult, play
 from demo2eval.rollout import Answerer, episode_settings
 from demo2eval.rollout import Settings as RolloutSettings
 
-TILE = 192
+COLUMNS = 3
 BORDER = 4
-CAPTION = 16
+CAPTION = 20
+FONT_SIZE = 14
+TILE_SHAPE = (FILM_SIZE + 2 * BORDER + CAPTION, FILM_SIZE + 2 * BORDER, 3)
 SUCCESS, OPEN = (0, 158, 115), (90, 90, 90)
 
 
@@ -30,31 +34,27 @@ class Settings(RolloutSettings):
 
 
 def tile(frame: np.ndarray, seed: int, success: bool) -> np.ndarray:
-    """Return one episode's part of a frame, uint8 [h, w, 3], with its border and its seed."""
-    from PIL import Image, ImageDraw
+    """Return one episode's part of a frame, uint8 of `TILE_SHAPE`, with its border and its seed."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    picture = Image.new("RGB", (TILE + 2 * BORDER, TILE + 2 * BORDER + CAPTION), SUCCESS if success else OPEN)
-    picture.paste(Image.fromarray(frame).resize((TILE, TILE), Image.Resampling.BICUBIC), (BORDER, BORDER + CAPTION))
-    ImageDraw.Draw(picture).text((BORDER + 2, 3), f"seed {seed}{'  success' if success else ''}", fill="white")
+    picture = Image.new("RGB", TILE_SHAPE[1::-1], SUCCESS if success else OPEN)
+    picture.paste(Image.fromarray(frame), (BORDER, BORDER + CAPTION))
+    text, font = f"seed {seed}{': success' if success else ''}", ImageFont.load_default(FONT_SIZE)
+    ImageDraw.Draw(picture).text((BORDER + 2, 3), text, fill="white", font=font)
     return np.asarray(picture)
 
 
-def frames_of(results: list[EpisodeResult]):
-    """Yield the frames of the whole video, uint8 [h, w, 3]; an episode that is over stays at its last picture."""
-    columns = min(3, len(results))
-    blank = np.zeros((TILE + 2 * BORDER + CAPTION, TILE + 2 * BORDER, 3), np.uint8)
-    for step in range(max(len(result.film) for result in results)):
-        tiles = []
-        for result in results:
-            index = min(step, len(result.film) - 1)
-            tiles.append(tile(result.film[index], result.seed, bool(result.successes[index])))
-        tiles += [blank] * (-len(tiles) % columns)
-        yield np.concatenate(
-            [np.concatenate(tiles[row : row + columns], axis=1) for row in range(0, len(tiles), columns)], axis=0
-        )
+def frames_of(results: Sequence[EpisodeResult]) -> Iterator[np.ndarray]:
+    """Yield the frames of the whole video, uint8 [h, w, 3], a row of tiles for every `COLUMNS` episodes, all of equal length."""
+    columns = min(COLUMNS, len(results))
+    blanks = [np.zeros(TILE_SHAPE, np.uint8)] * (-len(results) % columns)
+    for step in range(len(results[0].film)):
+        tiles = [tile(result.film[step], result.seed, bool(result.successes[step])) for result in results] + blanks
+        rows = [np.concatenate(tiles[first : first + columns], axis=1) for first in range(0, len(tiles), columns)]
+        yield np.concatenate(rows)
 
 
-def write_video(file: Path, frames) -> int:
+def write_video(file: Path, frames: Iterable[np.ndarray]) -> int:
     """Encode frames with even sides, uint8 [h, w, 3], at the control frequency; return their number."""
     import av
 

@@ -6,6 +6,7 @@ seed. An episode runs to its time limit also after success, since success at the
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -136,7 +137,6 @@ def _film_frame(environment) -> np.ndarray:
 
 def _end_with_parent() -> None:
     """End this process when the one that started it was killed."""
-    import os
 
     def watch() -> None:
         wait([multiprocessing.parent_process().sentinel])
@@ -236,13 +236,24 @@ def stop(workers: Sequence[Worker]) -> None:
         worker.process.join()
 
 
+def process_count(workers: int, episodes: int) -> int:
+    """Return how many processes to start: at most one an episode, and where the CPU renders one a core.
+
+    A process that renders on the CPU needs all of a core for 10 s before its first picture, and nearly all of it afterwards.
+    """
+    from demo2eval.maniskill.environment import render_backend
+
+    cores = len(os.sched_getaffinity(0)) if render_backend() == "cpu" else workers
+    return min(workers, episodes, cores)
+
+
 def play(settings: EpisodeSettings, seeds: Sequence[int], workers: int, policy: AnswersLooks) -> Iterator[EpisodeResult]:
     """Play one episode of each seed in parallel and yield the results as they come, in no particular order.
 
     A result depends on its seed and the actions alone, not on `workers` or on what the same process played before.
 
     Args:
-        workers: processes, at least 1.
+        workers: processes, at least 1; fewer are started where more would not help.
         policy: is given all looks that wait, at most one of each process; prepared while the processes start.
 
     Raises:
@@ -251,7 +262,7 @@ def play(settings: EpisodeSettings, seeds: Sequence[int], workers: int, policy: 
     """
     waiting, started = list(reversed(seeds)), []
     try:
-        for number in range(min(workers, len(waiting))):
+        for number in range(process_count(workers, len(waiting))):
             started.append(Worker.start(number, settings))
         busy = {worker.connection: worker for worker in started}
         if busy:
