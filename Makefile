@@ -6,6 +6,8 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 TARGET ?= results/quickstart/success.csv
 BIN := .venv/bin
 SMK := Snakefile workflow/rules
+# Where to find Mesa, if set-up had to unpack it for a user who may not install packages.
+ENTER := test ! -f .tools/environment || . ./.tools/environment;
 
 .PHONY: help setup quickstart test lint format dag doctor clean
 
@@ -16,10 +18,10 @@ setup:  ## make the environments and see to a Vulkan device
 	@$(PYTHON) envs/setup.py
 
 quickstart: setup  ## demonstrations to success table of a tiny Pi0.5, on this machine
-	@$(BIN)/snakemake --cores $(CORES) quickstart
+	@$(ENTER) $(BIN)/snakemake --cores $(CORES) quickstart
 
 test: setup lint  ## lint, types of files, and all tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(ENTER) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## ruff and snakefmt, changing nothing
 	$(BIN)/ruff check .
@@ -35,7 +37,7 @@ dag: setup  ## draw the rule graph and the jobs of TARGET as SVG into results/da
 	@$(BIN)/python -m demo2eval.draw_graph --target $(TARGET) --output results/dag
 
 doctor: setup  ## say what this machine has, and what that lets you do
-	@$(BIN)/python -m demo2eval.doctor
+	@$(ENTER) $(BIN)/python -m demo2eval.doctor
 
 clean:  ## remove the environments and tools; results stay
 	rm -rf .venv envs/planning/.venv .tools

@@ -9,6 +9,10 @@ import pytest
 for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
+# What one test compiled, the next one need not.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
 
