@@ -16,6 +16,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Begin with the whole chain: it takes longest, and would otherwise run alone at the end."""
+    items.sort(key=lambda item: "test_workflow" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def pushcube_demos() -> Path:
     """Manifest of a shard of three planned PushCube demonstrations."""

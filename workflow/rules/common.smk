@@ -202,6 +202,10 @@ def plan_options(wildcards):
     return options({"task": settings(run)["task"], "count": planned, "first_seed": demos["first_seed"] + shard * SHARD_SEEDS})
 
 
+def demos_source(wildcards):
+    return settings(run_of(demos_name, wildcards.demos))["demos"]["source"]
+
+
 def taken_options(wildcards):
     run = run_of(demos_name, wildcards.demos)
     return options({"task": settings(run)["task"], "count": settings(run)["demos"]["count"]})

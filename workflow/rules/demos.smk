@@ -31,7 +31,8 @@ rule download_demos:
 
 rule import_demos:
     input:
-        lambda wildcards: settings(run_of(demos_name, wildcards.demos))["demos"]["source"],
+        trajectories=lambda wildcards: demos_source(wildcards),
+        description=lambda wildcards: str(Path(demos_source(wildcards)).with_suffix(".json")),
     output:
         "results/demos/{demos}/shard-000/manifest.json",
     log:
@@ -42,7 +43,7 @@ rule import_demos:
         options=taken_options,
         code=code("import_demos"),
     shell:
-        "{PYTHON} -m demo2eval.import_demos {params.options} --input {input} --output {output} 2>&1 | tee {log}"
+        "{PYTHON} -m demo2eval.import_demos {params.options} --input {input.trajectories} --output {output} 2>&1 | tee {log}"
 
 
 rule replay:
