@@ -9,6 +9,9 @@ SMK := Snakefile workflow/rules
 # Where to find Mesa, if set-up had to unpack it for a user who may not install packages.
 ENTER := test ! -f .tools/environment || . ./.tools/environment;
 
+# Every job is a Python of its own: let the first one keep what it compiles, whatever the shell says.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup quickstart test lint format dag doctor clean
 
 help:  ## show this list
@@ -36,8 +39,8 @@ format: setup  ## bring all code into form
 dag: setup  ## draw the rule graph and the jobs of TARGET as SVG into results/dag
 	@$(BIN)/python -m demo2eval.draw_graph --target $(TARGET) --output results/dag
 
-doctor: setup  ## say what this machine has, and what that lets you do
-	@$(ENTER) $(BIN)/python -m demo2eval.doctor
+doctor:  ## say what this machine has, and what that lets you do
+	@$(ENTER) PYTHONPATH=workflow $$(command -v $(BIN)/python || echo $(PYTHON)) -m demo2eval.doctor
 
 clean:  ## remove the environments and tools; results stay
 	rm -rf .venv envs/planning/.venv .tools

@@ -1,9 +1,12 @@
 """Set-up of a fresh machine: uv, the locked environments, and a Vulkan device. `make setup` runs it with any python3 from 3.9 on.
 
 What is there already is left alone; a second run takes a second.
+
+It must run before anything is installed, so it uses the standard library alone.
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import json
@@ -21,7 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / ".tools"
+ENVIRONMENT_FILE = TOOLS / "environment"
 UV_VERSION = "0.13.9"
+UV_MINIMUM = (0, 7)
 PYTHON = "3.12"
 PYTHON_NAME = "python" + PYTHON
 MESA_MAJOR = 25
@@ -49,17 +54,22 @@ def output_of(*command):
 # uv
 
 
+def is_recent(said):
+    """Whether `uv --version` said a version that can read our lock files."""
+    found = re.match(r"uv (\d+)\.(\d+)", said or "")
+    return bool(found) and tuple(map(int, found.groups())) >= UV_MINIMUM
+
+
 def find_uv():
-    """Return a uv that runs, the system's or the one that was fetched before, or None."""
+    """Return a uv that runs and is recent enough, the one that was fetched before or the system's, or None."""
     for candidate in (str(TOOLS / "uv"), shutil.which("uv")):
-        if candidate and output_of(candidate, "--version"):
+        if candidate and is_recent(output_of(candidate, "--version")):
             return candidate
     return None
 
 
-def fetch_uv_with_pip():
-    """Fetch uv's wheel with pip and return its path, or None where pip is missing or fails."""
-    folder = Path(tempfile.mkdtemp(dir=TOOLS))
+def fetch_uv_with_pip(folder):
+    """Fetch uv's wheel into a folder with pip and return its path, or None where pip is missing or fails."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check", "-d", str(folder)]
     try:
         subprocess.run([*command, "uv==" + UV_VERSION], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -68,8 +78,8 @@ def fetch_uv_with_pip():
     return next(folder.glob("*.whl"), None)
 
 
-def fetch_uv_from_index():
-    """Fetch uv's wheel from PyPI without pip, check its hash, and return its path."""
+def fetch_uv_from_index(folder):
+    """Fetch uv's wheel into a folder from PyPI without pip, check its hash, and return its path."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     try:
         with urllib.request.urlopen(f"https://pypi.org/pypi/uv/{UV_VERSION}/json", timeout=60) as response:
@@ -83,7 +93,7 @@ def fetch_uv_from_index():
         ) from None
     if hashlib.sha256(content).hexdigest() != wanted[0]["digests"]["sha256"]:
         raise SetupError("uv was fetched damaged; run `make setup` again.")
-    path = TOOLS / wanted[0]["filename"]
+    path = folder / wanted[0]["filename"]
     path.write_bytes(content)
     return path
 
@@ -95,12 +105,13 @@ def get_uv():
         return uv
     say(f"fetching uv {UV_VERSION}")
     TOOLS.mkdir(exist_ok=True)
-    wheel = fetch_uv_with_pip() or fetch_uv_from_index()
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(item for item in archive.namelist() if item.endswith("/scripts/uv"))
-        (TOOLS / "uv").write_bytes(archive.read(name))
+    with tempfile.TemporaryDirectory(dir=TOOLS) as folder:
+        wheel = fetch_uv_with_pip(Path(folder)) or fetch_uv_from_index(Path(folder))
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(item for item in archive.namelist() if item.endswith("/scripts/uv"))
+            (TOOLS / "uv").write_bytes(archive.read(name))
     (TOOLS / "uv").chmod(0o755)
-    if not find_uv():
+    if not output_of(str(TOOLS / "uv"), "--version"):
         raise SetupError("the uv that was fetched does not run on this machine; install it as https://docs.astral.sh/uv says.")
     return str(TOOLS / "uv")
 
@@ -142,6 +153,9 @@ def sync(uv, folder, *options):
     if stamp.exists() and stamp.read_text() == stamp_text and (folder / ".venv/bin/python").exists():
         return
     python = find_python()
+    # What is half changed is not what the stamp says, even if the lock file goes back to what it was.
+    with contextlib.suppress(FileNotFoundError):
+        stamp.unlink()
     started = time.time()
     say("making {} with {}".format(folder.relative_to(ROOT) / ".venv", python or "a Python 3.12 that uv downloads"))
     command = [uv, "sync", "--locked", "--quiet", "--project", str(folder), "--python", python or PYTHON]
@@ -158,82 +172,132 @@ def sync(uv, folder, *options):
 # Vulkan
 
 
-def lavapipe_version(text):
-    """Return the major version of Mesa from the name of its package or driver, or None."""
-    found = re.search(r"(\d+)\.\d+", text or "")
-    return int(found.group(1)) if found else None
-
-
-def installed_mesa():
-    """Return the major version of the installed Mesa's software Vulkan driver, or None."""
-    if not glob.glob("/usr/share/vulkan/icd.d/lvp_icd*.json"):
-        return None
-    said = output_of("dpkg-query", "-W", "-f", "${Version}", "mesa-vulkan-drivers")
-    if said is None:
-        said = output_of("rpm", "-q", "--qf", "%{VERSION}", "mesa-vulkan-drivers")
-    return lavapipe_version(said)
-
-
-def system():
-    """Return (ID, VERSION_ID) of the operating system, such as ("debian", "12")."""
+def renders(device):
+    """Whether SAPIEN can render on a device, "cuda" or "cpu"; asked of the environment that was just made."""
+    code = f"import sapien; sapien.render.RenderSystem(sapien.Device({device!r}))"
+    command = [str(ROOT / ".venv/bin/python"), "-c", code]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
-        text = Path("/etc/os-release").read_text()
-    except OSError:
-        return "", ""
+        return subprocess.run(command, env={**os.environ, **unpacked_environment()}, timeout=120, **quiet).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def mesa_version():
+    """Return what the system says of its Mesa, such as "22.3.6-1+deb12u2", or None."""
+    return output_of("dpkg-query", "-W", "-f", "${Version}", "mesa-vulkan-drivers") or output_of(
+        "rpm", "-q", "--qf", "%{VERSION}", "mesa-vulkan-drivers"
+    )
+
+
+def parse_os_release(text):
+    """Return (ID, VERSION_ID) of an operating system, such as ("debian", "12")."""
     values = dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', text, re.MULTILINE))
     return values.get("ID", ""), values.get("VERSION_ID", "")
 
 
-def backports_source(text):
-    """Return the backports entry for Debian 12, made from a machine's own Debian source with its suite changed.
+def debian_source(text):
+    """Return the entry of Debian 12 itself in a source file of apt, with its backports added, or None if it has none.
 
-    Takes the content of a .sources (deb822) or .list (one-line) file; returns None if it holds no source of Debian 12 itself.
+    Takes the content of a .sources (deb822) or .list (one-line) file. Other distributors call their suites bookworm too; Debian's own
+    mirror has "debian" in its address and a component "main". Where packages come from, and the key that signs them, stay as they are.
     """
     for stanza in re.split(r"\n\s*\n", text):
-        suites = re.search(r"^Suites:(.*)$", stanza, re.MULTILINE)
-        if suites and "bookworm" in suites.group(1).split() and re.search(r"^Types:.*\bdeb\b", stanza, re.MULTILINE):
-            return re.sub(r"^Suites:.*$", "Suites: bookworm-backports", stanza, flags=re.MULTILINE).strip() + "\n"
+        fields = {key: value.split() for key, value in re.findall(r"^([A-Z][\w-]*):(.*)$", stanza, re.MULTILINE)}
+        ours = "debian" in "".join(fields.get("URIs", [])) and "main" in fields.get("Components", [])
+        if ours and "deb" in fields.get("Types", []) and "bookworm" in fields.get("Suites", []):
+            kept = re.sub(r"^Types:.*$", "Types: deb", stanza, flags=re.MULTILINE)
+            return re.sub(r"^Suites:.*$", "Suites: bookworm bookworm-backports", kept, flags=re.MULTILINE).strip() + "\n"
     for line in text.splitlines():
-        found = re.match(r"^(deb\s+(?:\[[^\]]*\]\s+)?\S+\s+)bookworm(\s.*)$", line.strip())
+        found = re.match(r"(deb\s+(?:\[[^\]]*\]\s+)?\S*debian\S*\s+bookworm)(\s.*\bmain\b.*)$", line.strip())
         if found:
-            return found.group(1) + "bookworm-backports" + found.group(2) + "\n"
+            return "{0}{1}\n{0}-backports{1}\n".format(*found.groups())
     return None
 
 
-def find_backports_source():
-    """Return (file ending, content) of a backports source for this machine, or None."""
+def find_debian_source():
+    """Return (file ending, content) of this machine's Debian source with its backports, or None."""
     folder = "/etc/apt/sources.list.d/"
     for path in [*sorted(glob.glob(folder + "*.sources")), "/etc/apt/sources.list", *sorted(glob.glob(folder + "*.list"))]:
         if os.path.isfile(path):
-            content = backports_source(Path(path).read_text())
+            content = debian_source(Path(path).read_text())
             if content:
-                return (".sources" if path.endswith(".sources") else ".list"), content
+                return Path(path).suffix, content
     return None
 
 
-def apt(*arguments):
-    """Run apt-get without questions; return whether it succeeded."""
-    environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+def run_apt(*arguments, cwd=None):
+    """Run apt-get without questions; return what it printed.
+
+    Raises:
+        subprocess.CalledProcessError: if it failed; its error messages are on the terminal.
+    """
     command = ["apt-get", "-qq", "-y", "-o", "Dpkg::Use-Pty=0", *arguments]
-    return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive", LC_ALL="C")
+    return subprocess.run(command, env=environment, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def install_from_backports():
-    """Install Mesa from Debian 12's backports through a source that exists only meanwhile; return whether it succeeded."""
-    found = find_backports_source()
-    if not found:
-        return False
-    ending, content = found
-    source = Path("/etc/apt/sources.list.d/demo2eval-backports" + ending)
-    source.write_text(content)
+def apt_state(folder, system):
+    """Return options that give apt-get package lists of its own in a folder, so that the machine's are neither needed nor changed.
+
+    On Debian 12 they come from Debian and its backports alone, else from the machine's sources.
+    """
+    for name in ("lists/partial", "cache/archives/partial", "sources"):
+        (folder / name).mkdir(parents=True)
+    values = {"Dir::State::lists": folder / "lists", "Dir::Cache": folder / "cache", "APT::Sandbox::User": "root"}
+    found = find_debian_source() if system == ("debian", "12") else None
+    if found:
+        ending, content = found
+        (folder / "sources" / ("debian" + ending)).write_text(content)
+        values.update({"Dir::Etc::sourcelist": "/dev/null", "Dir::Etc::sourceparts": folder / "sources"})
+        values["APT::Default-Release"] = "bookworm-backports"
+    return [part for key, value in values.items() for part in ("-o", f"{key}={value}")]
+
+
+def unpack_mesa(options):
+    """Unpack Mesa and what it needs into .tools/mesa, for a user who may not install packages."""
+    mesa = TOOLS / "mesa"
+    shutil.rmtree(mesa, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=TOOLS) as folder:
+        listed = run_apt(
+            *options, "-o", "Debug::NoLocking=1", "--no-install-recommends", "--print-uris", "install", *MESA_PACKAGES
+        )
+        run_apt(*options, "download", *re.findall(r"^'[^']*' ([^_\s]+)_", listed, re.MULTILINE), cwd=folder)
+        for package in Path(folder).glob("*.deb"):
+            subprocess.run(["dpkg", "-x", str(package), str(mesa)], check=True)
+    for driver in mesa.glob("usr/lib/*/libvulkan_lvp.so"):
+        description = {"file_format_version": "1.0.0", "ICD": {"library_path": str(driver), "api_version": "1.4.0"}}
+        (mesa / "lvp_icd.json").write_text(json.dumps(description))
+        values = {"LD_LIBRARY_PATH": driver.parent, "VK_ICD_FILENAMES": mesa / "lvp_icd.json"}
+        ENVIRONMENT_FILE.write_text("".join(f"export {key}='{value}'\n" for key, value in values.items()))
+
+
+def unpacked_environment():
+    """Return the variables that lead to an unpacked Mesa, if there is one."""
+    if not ENVIRONMENT_FILE.exists():
+        return {}
+    return dict(re.findall(r"^export (\w+)='(.*)'$", ENVIRONMENT_FILE.read_text(), re.MULTILINE))
+
+
+def get_mesa(system):
+    """Install Mesa's software renderer as root, or unpack it beside the environments as anybody else; say what failed."""
+    TOOLS.mkdir(exist_ok=True)
+    root = os.geteuid() == 0
+    say("{} Mesa {}, the software renderer, since there is no GPU".format("installing" if root else "unpacking", MESA_MAJOR))
     try:
-        return apt("update") and apt("install", "-t", "bookworm-backports", "--no-install-recommends", *MESA_PACKAGES)
-    finally:
-        source.unlink()
+        with tempfile.TemporaryDirectory(dir=TOOLS) as folder:
+            options = apt_state(Path(folder), system)
+            run_apt(*options, "update")
+            if root:
+                run_apt(*options, "--no-install-recommends", "install", *MESA_PACKAGES)
+            else:
+                unpack_mesa(options)
+    except (OSError, subprocess.CalledProcessError) as error:
+        say(f"that failed: {error}")
 
 
 def advice(name, version):
-    """Return the command that installs a new enough Mesa."""
+    """Return what installs a new enough Mesa on an operating system, a command where we know one."""
     if (name, version) == ("debian", "12"):
         line = "deb http://deb.debian.org/debian bookworm-backports main"
         return (
@@ -241,34 +305,42 @@ def advice(name, version):
             f'apt-get install -y -t bookworm-backports {" ".join(MESA_PACKAGES)}"'
         )
     if name in ("debian", "ubuntu"):
-        return "sudo apt-get install -y " + " ".join(MESA_PACKAGES)
+        return f"sudo apt-get install -y {' '.join(MESA_PACKAGES)} (a release that has Mesa {MESA_MAJOR})"
     if name in ("fedora", "rhel", "rocky", "almalinux"):
         return "sudo dnf install -y mesa-vulkan-drivers vulkan-loader"
-    return f"your system's package manager: Mesa's Vulkan drivers (lavapipe), version {MESA_MAJOR} or later"
+    return f"your system's package manager, for Mesa's Vulkan drivers (lavapipe) {MESA_MAJOR} or later"
 
 
-def set_up_vulkan():
-    """See to it that a Vulkan device exists: the GPU driver's, or Mesa's software renderer."""
-    if has_nvidia_gpu():
-        if not output_of("sh", "-c", "ldconfig -p | grep libvulkan.so.1"):
-            raise SetupError("the GPU's driver needs the Vulkan loader; install it: sudo apt-get install -y libvulkan1.")
+def set_up_vulkan(gpu):
+    """See to it that SAPIEN can render: on the GPU with its driver, else with Mesa's software renderer.
+
+    Rendering is tried only when the drivers that the system lists, or ours, have changed since it last worked.
+    """
+    device = "cuda" if gpu else "cpu"
+    stamp = ROOT / ".venv" / ".demo2eval-renders"
+
+    def drivers():
+        listed = sorted(glob.glob("/usr/share/vulkan/icd.d/*.json") + glob.glob("/etc/vulkan/icd.d/*.json"))
+        return " ".join([device, mesa_version() or "", *listed, *unpacked_environment().values()])
+
+    if stamp.exists() and stamp.read_text() == drivers():
         return
-    mesa = installed_mesa()
-    if mesa is not None and mesa >= MESA_MAJOR:
-        return
-    name, version = system()
-    can_install = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get")
-    if can_install and name in ("debian", "ubuntu"):
-        say(f"installing Mesa {MESA_MAJOR}, the software renderer, since there is no GPU")
-        if (name, version) == ("debian", "12"):
-            install_from_backports()
-        else:
-            apt("update")
-            apt("install", "--no-install-recommends", *MESA_PACKAGES)
-        mesa = installed_mesa()
-    if mesa is None or mesa < MESA_MAJOR:
-        have = f"there is Mesa {mesa}" if mesa else "there is no Vulkan driver"
-        raise SetupError(f"the simulator needs Mesa {MESA_MAJOR} or later, and {have}; run: {advice(name, version)}")
+    works = renders(device)
+    if not works and gpu:
+        raise SetupError(
+            "there is a GPU but its driver does not render; install the Vulkan loader (sudo apt-get install -y libvulkan1), and in a "
+            "container set NVIDIA_DRIVER_CAPABILITIES=all."
+        )
+    release = Path("/etc/os-release")
+    system = parse_os_release(release.read_text()) if release.exists() else ("", "")
+    if not works and shutil.which("apt-get"):
+        get_mesa(system)
+        works = renders(device)
+    if not works:
+        raise SetupError(f"the simulator cannot render with Mesa {mesa_version() or '(missing)'}; run: {advice(*system)}")
+    stamp.write_text(drivers())
+    if unpacked_environment():
+        say(f"to run Snakemake without make, type first: . {ENVIRONMENT_FILE.relative_to(ROOT)}")
 
 
 def main():
@@ -277,9 +349,10 @@ def main():
     parser.parse_args()
     try:
         uv = get_uv()
-        sync(uv, ROOT, *(["--extra", "cuda"] if has_nvidia_gpu() else []))
+        gpu = has_nvidia_gpu()
+        sync(uv, ROOT, *(["--extra", "cuda"] if gpu else []))
         sync(uv, ROOT / "envs/planning")
-        set_up_vulkan()
+        set_up_vulkan(gpu)
     except SetupError as error:
         print(f"setup: error: {error}", file=sys.stderr)
         sys.exit(1)

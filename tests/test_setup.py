@@ -1,105 +1,176 @@
-"""Set-up: what it decides from what it finds. The whole of it runs at the head of `make test`."""
+"""Set-up: what it finds, what it leaves alone, and the package source that it makes for Debian 12."""
 
+import ast
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = Path(__file__).resolve().parent.parent / "envs/setup.py"
 
-
-@pytest.fixture
-def setup():
-    spec = importlib.util.spec_from_file_location("demo2eval_setup", ROOT / "envs/setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-DEB822 = """Types: deb
-# a comment
-URIs: http://deb.debian.org/debian
+DEB822 = """Types: deb deb-src
+URIs: http://mirror.example.org/debian
 Suites: bookworm bookworm-updates
-Components: main
+Components: main contrib
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 
 Types: deb
-URIs: http://deb.debian.org/debian-security
+URIs: http://mirror.example.org/debian-security
 Suites: bookworm-security
+Components: main
+"""
+OTHER_DISTRIBUTOR = """Types: deb
+URIs: https://packages.example.com
+Suites: bookworm
 Components: main
 """
 
 
-def test_backports_come_from_the_machines_own_source(setup):
-    stanza = setup.backports_source(DEB822)
-    assert "Suites: bookworm-backports\n" in stanza
-    assert "URIs: http://deb.debian.org/debian\n" in stanza
-    assert "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg" in stanza
-    assert "security" not in stanza
+@pytest.fixture(scope="module")
+def setup_script():
+    """The script as a module."""
+    specification = importlib.util.spec_from_file_location("setup_script", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def project(setup_script, tmp_path, monkeypatch):
+    """A project without dependencies whose environment uv has made."""
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "empty"\nversion = "1"\nrequires-python = "==3.12.*"\n')
+    uv = setup_script.find_uv()
+    subprocess.run([uv, "lock", "--quiet", "--offline", "--project", tmp_path, "--python", sys.executable], check=True)
+    monkeypatch.setattr(setup_script, "ROOT", tmp_path)
+    setup_script.sync(uv, tmp_path)
+    return tmp_path
+
+
+def test_the_script_is_python_3_9_and_needs_no_package():
+    tree = ast.parse(SCRIPT.read_text(), feature_version=(3, 9))
+    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("said", "expected"),
     [
-        (
-            "deb http://mirror.example/debian bookworm main contrib",
-            "deb http://mirror.example/debian bookworm-backports main contrib\n",
-        ),
-        (
-            "deb [arch=amd64] https://m.example/debian bookworm main",
-            "deb [arch=amd64] https://m.example/debian bookworm-backports main\n",
-        ),
-        ("deb http://mirror.example/debian trixie main", None),
-        ("# deb http://mirror.example/debian bookworm main", None),
-        ("deb http://mirror.example/debian bookworm-updates main", None),
+        ("uv 0.13.9 (x86_64-unknown-linux-gnu)\n", True),
+        ("uv 0.7.0", True),
+        ("uv 1.0.0", True),
+        ("uv 0.5.31", False),
+        (None, False),
+        ("pyenv: uv: command not found", False),
     ],
 )
-def test_one_line_sources(setup, line, expected):
-    assert setup.backports_source(f"# head\n{line}\n") == expected
+def test_an_old_uv_is_not_used(setup_script, said, expected):
+    assert setup_script.is_recent(said) is expected
 
 
-@pytest.mark.parametrize(("text", "major"), [("25.0.7-2~bpo12+1", 25), ("1:24.2.8-1ubuntu1", 24), ("", None), (None, None)])
-def test_the_version_of_mesa(setup, text, major):
-    assert setup.lavapipe_version(text) == major
+def test_a_python_that_does_not_run_is_passed_over(setup_script, tmp_path, monkeypatch):
+    shim, good = tmp_path / "shims", tmp_path / "bin"
+    for folder in (shim, good):
+        folder.mkdir()
+    (shim / "python3.12").write_text("#!/bin/sh\necho 'python3.12: command not found' >&2\nexit 127\n")
+    (shim / "python3.12").chmod(0o755)
+    (good / "python3.12").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{shim}{os.pathsep}{good}")
+    found = setup_script.find_python()
+    assert found != str(shim / "python3.12")
+    assert subprocess.run([found, "-c", "import sys; sys.exit(sys.version_info[:2] != (3, 12))"]).returncode == 0
+
+
+def test_a_made_environment_is_left_alone(setup_script, project):
+    mark = project / ".venv" / "pyvenv.cfg"
+    before = mark.stat().st_mtime_ns
+    setup_script.sync("/does/not/exist/uv", project)
+    assert mark.stat().st_mtime_ns == before
+
+
+def test_an_environment_that_uv_refuses_is_a_sentence_and_not_taken_for_made(setup_script, project):
+    file = project / "pyproject.toml"
+    original = file.read_text()
+    file.write_text(original.replace('"1"', '"2"'))
+    uv = setup_script.find_uv()
+    for _ in range(2):
+        with pytest.raises(setup_script.SetupError, match="uv could not make"):
+            setup_script.sync(uv, project)
+    file.write_text(original)
+    assert not (project / ".venv" / ".demo2eval-stamp").exists()
+
+
+def test_a_deb822_source_gains_backports_and_keeps_its_mirror_and_key(setup_script):
+    assert setup_script.debian_source(OTHER_DISTRIBUTOR + "\n" + DEB822).splitlines() == [
+        "Types: deb",
+        "URIs: http://mirror.example.org/debian",
+        "Suites: bookworm bookworm-backports",
+        "Components: main contrib",
+        "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg",
+    ]
+
+
+def test_a_one_line_source_gains_backports_and_keeps_its_mirror_and_key(setup_script):
+    text = (
+        "# deb http://deb.debian.org/debian bookworm main\n"
+        "deb [arch=amd64] https://packages.example.com bookworm main\n"
+        "deb-src http://deb.debian.org/debian bookworm main\n"
+        "deb [signed-by=/key.gpg] http://deb.debian.org/debian bookworm main non-free\n"
+    )
+    assert setup_script.debian_source(text).splitlines() == [
+        "deb [signed-by=/key.gpg] http://deb.debian.org/debian bookworm main non-free",
+        "deb [signed-by=/key.gpg] http://deb.debian.org/debian bookworm-backports main non-free",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("system", "expected"),
+    "text",
     [
-        (("debian", "12"), "bookworm-backports"),
-        (("ubuntu", "24.10"), "apt-get"),
-        (("fedora", "42"), "dnf"),
-        (("arch", ""), "lavapipe"),
+        "",
+        OTHER_DISTRIBUTOR,
+        DEB822.replace("bookworm", "trixie"),
+        DEB822.replace("Types: deb deb-src", "Types: deb-src"),
+        "deb http://deb.debian.org/debian trixie main\n",
+        "deb https://download.example.com/linux/debian bookworm stable\n",
     ],
 )
-def test_advice_is_a_command_for_the_system(setup, system, expected):
-    assert expected in setup.advice(*system)
+def test_no_backports_are_made_from_another_source(setup_script, text):
+    assert setup_script.debian_source(text) is None
 
 
-def test_an_old_mesa_is_one_sentence(setup, monkeypatch):
-    monkeypatch.setattr(setup, "has_nvidia_gpu", lambda: False)
-    monkeypatch.setattr(setup, "installed_mesa", lambda: 22)
-    monkeypatch.setattr(setup, "system", lambda: ("fedora", "38"))
-    with pytest.raises(setup.SetupError, match=r"Mesa 25 or later, and there is Mesa 22; run: sudo dnf"):
-        setup.set_up_vulkan()
+def test_the_operating_system_is_read(setup_script):
+    debian = 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nVERSION_ID="12"\nVERSION="12 (bookworm)"\nID=debian\n'
+    assert setup_script.parse_os_release(debian) == ("debian", "12")
+    assert setup_script.parse_os_release("ID=arch\n") == ("arch", "")
 
 
-def test_a_shim_that_does_not_run_is_not_taken_for_python(setup, tmp_path, monkeypatch):
-    shim = tmp_path / "python3.12"
-    shim.write_text("#!/bin/sh\necho 'pyenv: python3.12: command not found' >&2\nexit 127\n")
-    shim.chmod(0o755)
-    good = tmp_path / "good/python3.12"
-    good.parent.mkdir()
-    good.symlink_to(sys.executable)
-    monkeypatch.setattr(setup, "python_candidates", lambda: iter([str(shim), str(good)]))
-    assert setup.find_python() is not None
-    monkeypatch.setattr(setup, "python_candidates", lambda: iter([str(shim)]))
-    assert setup.find_python() is None
+def test_an_unpacked_mesa_is_found_by_set_up_and_by_a_shell(setup_script, tmp_path, monkeypatch):
+    file = tmp_path / "environment"
+    monkeypatch.setattr(setup_script, "ENVIRONMENT_FILE", file)
+    assert setup_script.unpacked_environment() == {}
+    file.write_text("export LD_LIBRARY_PATH='/a folder/lib'\nexport VK_ICD_FILENAMES='/a folder/lvp.json'\n")
+    assert setup_script.unpacked_environment() == {"LD_LIBRARY_PATH": "/a folder/lib", "VK_ICD_FILENAMES": "/a folder/lvp.json"}
+    said = subprocess.run(["sh", "-c", f". {file}; echo $VK_ICD_FILENAMES"], capture_output=True, text=True).stdout
+    assert said == "/a folder/lvp.json\n"
 
 
-def test_a_second_setup_does_nothing():
-    result = subprocess.run([sys.executable, str(ROOT / "envs/setup.py")], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == ""
+def test_rendering_is_tried_and_not_believed(setup_script, monkeypatch):
+    if not setup_script.has_nvidia_gpu():
+        assert setup_script.renders("cpu")
+        assert not setup_script.renders("cuda")
+        with pytest.raises(setup_script.SetupError, match="libvulkan1"):
+            setup_script.set_up_vulkan(gpu=True)
+    monkeypatch.setenv("VK_ICD_FILENAMES", "/does/not/exist.json")
+    assert not setup_script.renders("cpu")
+
+
+def test_setup_needs_no_module_of_a_checkout(tmp_path):
+    (tmp_path / "envs").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "envs")
+    result = subprocess.run([sys.executable, "-I", tmp_path / "envs/setup.py", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "second run" in result.stdout

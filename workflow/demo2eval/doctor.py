@@ -1,7 +1,10 @@
-"""Says what this machine has, and what each thing lets you do."""
+"""Says what this machine has, and what each thing lets you do.
 
+It also runs with another Python where `make setup` has made nothing yet, so it imports the standard library alone.
+"""
+
+import contextlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -9,37 +12,56 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+PYTHON = ROOT / ".venv/bin/python"
 PLANNING_PYTHON = ROOT / "envs/planning/.venv/bin/python"
 QUICKSTART_DISK_GIB = 5
 FULL_SIZE_GPU_GIB = 60
 
-RENDER = """
-import sapien
-device = sapien.Device({backend!r})
-print(device.name if hasattr(device, "name") else device)
-from demo2eval.maniskill.environment import look, make_environment
-environment = make_environment("PushCube-v1", control_mode="pd_joint_pos", cameras=["base_camera"], image_size=32)
-environment.reset(seed=0)
-assert look(environment)["images"]["base_camera"].std() > 5
+IMPORT = """
+import sys, flax, lerobot, mani_skill, orbax.checkpoint, snakemake
+print("Python %d.%d.%d, all packages import" % sys.version_info[:3])
 """
 PLAN = "import mplib, numpy; print(f'mplib {mplib.__version__}, numpy {numpy.__version__}')"
+RENDER = """
+import sys
+import sapien
+name = next(line for line in sapien.render.get_device_summary().splitlines() if line.startswith("GPU:"))
+from demo2eval.maniskill.environment import look, make_environment, render_backend
+environment = make_environment("PushCube-v1", control_mode="pd_joint_pos", cameras=["base_camera"], image_size=32)
+environment.reset(seed=0)
+if look(environment)["images"]["base_camera"].std() < 5:
+    sys.exit("the picture is empty")
+print(name.removeprefix("GPU: ") + ", on the " + render_backend())
+"""
+JAX = "import jax; d = jax.devices(); print(f'JAX {jax.__version__}: {len(d)} x {d[0].device_kind}, on the {d[0].platform}')"
 
 
-def ask(code: str, python: Path = Path(sys.executable)) -> tuple[bool, str]:
+def ask(code: str, python: Path) -> tuple[bool, str]:
     """Run Python code in a process of its own; return whether it succeeded, and the last line that it printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow")}
     try:
         result = subprocess.run([str(python), "-c", code], env=environment, capture_output=True, text=True, timeout=180)
+    except FileNotFoundError:
+        return False, f"{python.relative_to(ROOT)} does not exist"
     except (OSError, subprocess.TimeoutExpired) as error:
         return False, str(error)
     lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
     return result.returncode == 0, lines[-1] if lines else f"exit status {result.returncode}"
 
 
+def check_uv() -> tuple[bool, str, str]:
+    """What makes the environments."""
+    for uv in (str(ROOT / ".tools/uv"), "uv"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            said = subprocess.run([uv, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+            return True, said.split("(")[0].strip(), "makes the environments"
+    return True, "none", "`make setup` fetches it"
+
+
 def check_python() -> tuple[bool, str, str]:
     """The environment of the workflow."""
-    good, said = ask("import snakemake, lerobot, mani_skill, orbax.checkpoint, flax; print('all packages import')")
-    return good, f"Python {platform.python_version()}: {said}", "runs the workflow" if good else "run `make setup`"
+    good, said = ask(IMPORT, PYTHON)
+    return good, said, "runs the workflow" if good else "run `make setup`"
 
 
 def check_planning() -> tuple[bool, str, str]:
@@ -50,33 +72,43 @@ def check_planning() -> tuple[bool, str, str]:
 
 def check_vulkan() -> tuple[bool, str, str]:
     """A picture really rendered."""
-    from demo2eval.maniskill.environment import render_backend
-
-    backend = render_backend()
-    good, said = ask(RENDER.format(backend="cuda" if backend == "gpu" else "cpu"))
+    good, said = ask(RENDER, PYTHON)
     if not good:
         return False, said, "nothing can be rendered; run `make setup`"
-    return True, f"renders on the {backend}", "some 20 pictures a second and core" if backend == "cpu" else "renders fast"
+    return True, said, "some 20 pictures a second and core" if said.endswith("cpu") else "renders fast"
 
 
-def check_gpu() -> tuple[bool, str, str]:
-    """NVIDIA GPUs and their memory."""
+def gpus() -> list[tuple[str, float]]:
+    """Return (name, GiB of memory) of each NVIDIA GPU that the driver lists."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip().splitlines()
     except (OSError, subprocess.SubprocessError):
+        return []
+    return [(line.split(",")[0], float(line.split(",")[1]) / 1024) for line in lines]
+
+
+def check_gpu() -> tuple[bool, str, str]:
+    """NVIDIA GPUs and their memory."""
+    found = gpus()
+    if not found:
         return True, "none", "the quickstart and the tests; not the full-size models"
-    memory = max(float(line.split(",")[1]) / 1024 for line in lines)
+    name, memory = max(found, key=lambda gpu: gpu[1])
     enough = memory >= FULL_SIZE_GPU_GIB
     use = "full-size Pi0.5 at a batch of 32" if enough else f"small models; full-size Pi0.5 needs about {FULL_SIZE_GPU_GIB} GiB"
-    return True, f"{len(lines)} x {lines[0].split(',')[0]}, {memory:.0f} GiB", use
+    return True, f"{len(found)} x {name}, {memory:.0f} GiB", use
 
 
 def check_jax() -> tuple[bool, str, str]:
     """The devices that JAX sees."""
-    good, said = ask("import jax; d = jax.devices(); print(f'JAX {jax.__version__}: {len(d)} x {d[0].device_kind}')")
-    slow = "cpu" in said.lower()
-    return good, said, ("trains tiny models in minutes" if slow else "trains") if good else "run `make setup`"
+    good, said = ask(JAX, PYTHON)
+    if not good:
+        return False, said, "run `make setup`"
+    if not said.endswith("cpu"):
+        return True, said, "trains"
+    if gpus():
+        return False, said, "the GPU is not seen; run `make setup`, which brings JAX for it"
+    return True, said, "trains tiny models in minutes"
 
 
 def check_machine() -> tuple[bool, str, str]:
@@ -94,6 +126,7 @@ def check_machine() -> tuple[bool, str, str]:
 
 
 CHECKS: dict[str, Callable[[], tuple[bool, str, str]]] = {
+    "uv": check_uv,
     "python": check_python,
     "planning": check_planning,
     "vulkan": check_vulkan,

@@ -5,7 +5,7 @@ Out: success.csv, one row a checkpoint, and success.png.
 
 success_once is the share of episodes in which the task was solved at some step, success_at_end at the last step; both with the bounds
 of their 95 % Wilson interval. An episode's length is the number of actions until success was first seen, or all of them where it
-never was.
+never was. The wall time is that of the rollouts.
 """
 
 import csv
@@ -72,7 +72,8 @@ def table_row(run_name: str, manifest_file: Path) -> dict:
     episodes = read_episodes(manifest_file)
     if len(episodes) != manifest["settings"]["episodes"]:
         raise UserError(
-            f"{manifest_file} is of {manifest['settings']['episodes']} episodes, but episodes.csv beside it has {len(episodes)}; delete the manifest, and its rule will run again."
+            f"episodes.csv beside {manifest_file} has {len(episodes)} episodes instead of {manifest['settings']['episodes']}; "
+            "delete the manifest, and its rule will run again."
         )
     once = sum(int(row["success_once"]) for row in episodes)
     at_end = sum(int(row["success_at_end"]) for row in episodes)
@@ -126,23 +127,24 @@ def draw_curve(rows: list[dict], settings: dict, file: Path) -> None:
     steps = [row["step"] for row in rows]
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     # Blue and vermilion of Okabe and Ito's colour-blind safe palette; marker and line tell the curves apart in grey as well.
-    curves = (
-        ("success_at_end", "at_end_ci_low", "at_end_ci_high", "#D55E00", "s--", "success at end"),
-        ("success_once", "ci_low", "ci_high", "#0072B2", "o-", "success once"),
+    blue, vermilion = "#0072B2", "#D55E00"
+    once, low, high, at_end = (
+        np.array([100 * row[key] for row in rows]) for key in ("success_once", "ci_low", "ci_high", "success_at_end")
     )
-    for share, low, high, color, style, label in curves:
-        percent = {key: [100 * row[key] for row in rows] for key in (share, low, high)}
-        bars = [np.subtract(percent[share], percent[low]), np.subtract(percent[high], percent[share])]
-        axes.fill_between(steps, percent[low], percent[high], color=color, alpha=0.12, linewidth=0)
-        axes.errorbar(steps, percent[share], bars, fmt=style, color=color, markersize=5, capsize=3, elinewidth=1, label=label)
+    axes.fill_between(steps, low, high, color=blue, alpha=0.15, linewidth=0)
+    bars = [once - low, high - once]
+    label = "success once, 95 % Wilson interval"
+    curves = [
+        axes.errorbar(steps, once, bars, fmt="o-", color=blue, capsize=3, elinewidth=1, label=label),
+        *axes.plot(steps, at_end, "s--", color=vermilion, markersize=4, label="success at end"),
+    ]
     if steps[0] == 0:
-        axes.axhline(100 * rows[0]["success_once"], color="0.3", linestyle=":", linewidth=1.2, label="untrained, success once")
-    axes.set(xlabel="training step", ylabel="successful episodes (%), 95 % Wilson interval", ylim=(-3, 103))
+        curves.append(axes.axhline(once[0], color="0.3", linestyle=":", linewidth=1.2, label="untrained, success once"))
+    axes.set(xlabel="training step", ylabel="successful episodes (%)", ylim=(-3, 103))
     axes.set_title(f"{rows[0]['run']}: {settings['task']}, {rows[0]['episodes']} episodes a checkpoint", fontsize=11)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9)
+    axes.legend(handles=curves, frameon=False, fontsize=9)
     figure.savefig(file, dpi=150, format="png", metadata={"Software": None})
     pyplot.close(figure)
 

@@ -163,13 +163,15 @@ def work(connection: Connection, settings: EpisodeSettings) -> None:
         connection.send(("ready",))
         while (seed := connection.recv()) is not None:
             connection.send(("done", play_episode(environment, settings, seed, ask)))
-        environment.close()
     except (EOFError, ConnectionError):
-        return
+        pass
     except UserError as error:
         connection.send(("refused", str(error)))
     except Exception:
         connection.send(("failed", traceback.format_exc()))
+    finally:
+        # To take the renderer down would take seconds and save nothing.
+        os._exit(0)
 
 
 @dataclass
