@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -25,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / ".tools"
 ENVIRONMENT_FILE = TOOLS / "environment"
+INDEX = "https://pypi.org/simple/"
 UV_VERSION = "0.13.9"
 UV_MINIMUM = (0, 7)
 PYTHON = "3.12"
@@ -81,19 +83,23 @@ def fetch_uv_with_pip(folder):
 def fetch_uv_from_index(folder):
     """Fetch uv's wheel into a folder from PyPI without pip, check its hash, and return its path."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    index = urllib.request.Request(INDEX + "uv/", headers={"Accept": "application/vnd.pypi.simple.v1+json"})
     try:
-        with urllib.request.urlopen(f"https://pypi.org/pypi/uv/{UV_VERSION}/json", timeout=60) as response:
-            files = json.load(response)["urls"]
-        wanted = [item for item in files if "manylinux" in item["filename"] and machine in item["filename"]]
-        with urllib.request.urlopen(wanted[0]["url"], timeout=300) as response:
+        with urllib.request.urlopen(index, timeout=60) as response:
+            files = json.load(response)["files"]
+        built = [item for item in files if item["filename"].startswith(f"uv-{UV_VERSION}-py3-none-manylinux")]
+        wanted = next((item for item in built if machine in item["filename"]), None)
+        if wanted is None:
+            raise SetupError(f"there is no uv {UV_VERSION} for this machine ({machine}); only Linux on x86_64 has been tried.")
+        with urllib.request.urlopen(urllib.parse.urljoin(index.full_url, wanted["url"]), timeout=300) as response:
             content = response.read()
-    except (OSError, IndexError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise SetupError(
             f"uv could not be fetched ({error}); install it as https://docs.astral.sh/uv says, and run `make setup` again."
         ) from None
-    if hashlib.sha256(content).hexdigest() != wanted[0]["digests"]["sha256"]:
+    if hashlib.sha256(content).hexdigest() != wanted["hashes"].get("sha256"):
         raise SetupError("uv was fetched damaged; run `make setup` again.")
-    path = folder / wanted[0]["filename"]
+    path = folder / wanted["filename"]
     path.write_bytes(content)
     return path
 

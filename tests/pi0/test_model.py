@@ -1,0 +1,100 @@
+"""What the model must be whatever its weights: the same scanned or unrolled, remembered or recomputed, with LoRA apart or merged."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from demo2eval.pi0 import layers, model
+from demo2eval.pi0.config import LoraConfig, Pi0Config, make_config
+from demo2eval.pi0.parameters import flatten, init_params, unflatten
+
+SMALL = {"action_horizon": 4, "siglip.image_size": 32, "vocab_size": 50, "continuous_state_token": True}
+
+
+def random_params(config: Pi0Config) -> dict:
+    """Return parameters none of which is zero, since fresh ones shut every adaptive norm."""
+    flat = flatten(init_params(config, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(flat))
+    return unflatten(
+        {name: value + 0.02 * jax.random.normal(key, value.shape) for key, (name, value) in zip(keys, flat.items(), strict=True)}
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def loss_of(config: Pi0Config, params: dict) -> jax.Array:
+    keys = jax.random.split(jax.random.key(2), 5)
+    size = config.siglip.image_size
+    observation = model.Observation(
+        images={"base_0_rgb": jax.random.uniform(keys[0], (2, size, size, 3)) * 2 - 1},
+        state=jax.random.normal(keys[1], (2, config.action_dim)),
+        tokenized_prompt=jnp.array([[2, 7, 9, 0], [2, 8, 9, 11]]),
+        tokenized_prompt_mask=jnp.array([[True, True, True, False], [True] * 4]),
+    )
+    actions, noise = (jax.random.normal(key, (2, config.action_horizon, config.action_dim)) for key in keys[2:4])
+    return model.flow_loss(config, params, observation, actions, noise, jnp.array([0.2, 0.9]))
+
+
+@pytest.fixture(scope="module")
+def config() -> Pi0Config:
+    return make_config("pi05_tiny", **SMALL)
+
+
+def test_scanned_layers_equal_unrolled_ones(config, monkeypatch):
+    params = random_params(config)
+    unrolled = loss_of(config, params)
+    monkeypatch.setattr(layers, "UNROLLED_DEPTH", 0)
+    loss_of.clear_cache()
+    np.testing.assert_allclose(loss_of(config, params), unrolled, rtol=1e-5)
+
+
+def test_recomputed_activations_give_the_same_gradients(config):
+    params = random_params(config)
+    changed = [dataclasses.replace(config, remat=remat) for remat in (False, True)]
+    plain, recomputed = (flatten(jax.grad(lambda tree, one=one: loss_of(one, tree).mean())(params)) for one in changed)
+    for name, gradient in plain.items():
+        np.testing.assert_allclose(recomputed[name], gradient, atol=1e-5, err_msg=name)
+
+
+def test_the_state_token_is_seen(config):
+    params = random_params(config)
+    without = unflatten(
+        {name: jnp.zeros_like(value) if "state_proj" in name else value for name, value in flatten(params).items()}
+    )
+    assert float(jnp.abs(loss_of(config, params) - loss_of(config, without)).max()) > 1e-4
+
+
+def test_lora_equals_its_merged_weights(config):
+    lora = LoraConfig(attention_rank=4, attention_alpha=8.0, feed_forward_rank=3, feed_forward_alpha=1.5)
+    towers = {name: dataclasses.replace(getattr(config, name), lora=lora) for name in ("paligemma", "action_expert")}
+    with_lora = dataclasses.replace(config, **towers)
+    params = random_params(with_lora)
+    flat, merged = flatten(params), {}
+    for name, value in flat.items():
+        if "lora" in name:
+            continue
+        merged[name] = value
+        prefix, scale = (name.removesuffix("w") + "lora_", 8.0 / 4) if name.endswith("/w") else (name + "_lora_", 1.5 / 3)
+        if prefix + "a" in flat:
+            merged[name] = value + scale * jnp.einsum("...ir,...ro->...io", flat[prefix + "a"], flat[prefix + "b"])
+    assert len(flat) - len(merged) == 20
+    np.testing.assert_allclose(loss_of(with_lora, params), loss_of(config, unflatten(merged)), rtol=1e-4)
+    assert float(jnp.abs(loss_of(with_lora, params) - loss_of(config, unflatten({k: flat[k] for k in merged}))).max()) > 1e-4
+
+
+def test_sampling_integrates_the_flow_that_is_trained(config):
+    """One Euler step from noise is noise minus the velocity at time 1, whose loss against a known target `flow_loss` gives."""
+    params = random_params(config)
+    observation = model.Observation(
+        images={"base_0_rgb": jnp.zeros((1, 32, 32, 3))},
+        state=jnp.ones((1, config.action_dim)),
+        tokenized_prompt=jnp.array([[2, 7]]),
+        tokenized_prompt_mask=jnp.ones((1, 2), bool),
+    )
+    noise = jax.random.normal(jax.random.key(3), (1, config.action_horizon, config.action_dim))
+    actions = model.sample_actions(config, params, observation, noise, num_steps=1)
+    loss = model.flow_loss(config, params, observation, actions, noise, jnp.ones(1))
+    np.testing.assert_allclose(loss, 0, atol=1e-9)
