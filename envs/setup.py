@@ -32,7 +32,8 @@ UV_MINIMUM = (0, 7)
 PYTHON = "3.12"
 PYTHON_NAME = "python" + PYTHON
 MESA_MAJOR = 25
-MESA_PACKAGES = ["mesa-vulkan-drivers", "libvulkan1"]
+# OpenCV, which the simulator imports, needs the last two.
+MESA_PACKAGES = ["mesa-vulkan-drivers", "libvulkan1", "libgl1", "libglib2.0-0"]
 
 
 class SetupError(Exception):
@@ -179,8 +180,8 @@ def sync(uv, folder, *options):
 
 
 def renders(device):
-    """Whether SAPIEN can render on a device, "cuda" or "cpu"; asked of the environment that was just made."""
-    code = f"import sapien; sapien.render.RenderSystem(sapien.Device({device!r}))"
+    """Whether SAPIEN can render on a device, "cuda" or "cpu", and OpenCV loads; asked of the environment that was just made."""
+    code = f"import cv2, sapien; sapien.render.RenderSystem(sapien.Device({device!r}))"
     command = [str(ROOT / ".venv/bin/python"), "-c", code]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
@@ -313,7 +314,7 @@ def advice(name, version):
     if name in ("debian", "ubuntu"):
         return f"sudo apt-get install -y {' '.join(MESA_PACKAGES)} (a release that has Mesa {MESA_MAJOR})"
     if name in ("fedora", "rhel", "rocky", "almalinux"):
-        return "sudo dnf install -y mesa-vulkan-drivers vulkan-loader"
+        return "sudo dnf install -y mesa-vulkan-drivers vulkan-loader mesa-libGL glib2"
     return f"your system's package manager, for Mesa's Vulkan drivers (lavapipe) {MESA_MAJOR} or later"
 
 
@@ -334,8 +335,8 @@ def set_up_vulkan(gpu):
     works = renders(device)
     if not works and gpu:
         raise SetupError(
-            "there is a GPU but its driver does not render; install the Vulkan loader (sudo apt-get install -y libvulkan1), and in a "
-            "container set NVIDIA_DRIVER_CAPABILITIES=all."
+            "there is a GPU but its driver does not render; install the libraries that it needs (sudo apt-get install -y libvulkan1 "
+            "libgl1 libglib2.0-0), and in a container set NVIDIA_DRIVER_CAPABILITIES=all."
         )
     release = Path("/etc/os-release")
     system = parse_os_release(release.read_text()) if release.exists() else ("", "")

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from demo2eval.pi0 import gemma, model
-from demo2eval.pi0.config import GemmaConfig, Pi0Config, SiglipConfig, make_config
+from demo2eval.pi0.config import GemmaConfig, LoraConfig, Pi0Config, SiglipConfig, make_config
 from demo2eval.pi0.parameters import flatten, init_params, table, unflatten
 from demo2eval.training.optimizer import make_schedule
 
@@ -23,6 +23,9 @@ GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 SPEC = json.loads((GOLDEN / "golden.json").read_text())
 FAMILIES = ("pi05", "pi0")
 PRECISIONS = ("float32", "bfloat16", "bfloat16_params")
+TOWERS = {"paligemma": "paligemma", "action_expert": "expert"}
+RANKS = ("attn_rank", "attn_alpha", "ffn_rank", "ffn_alpha")
+WITH_LORA = pytest.mark.skipif(not (GOLDEN / "pi05_lora_float32.npz").exists(), reason="GOLDEN_DIR has no numbers of LoRA")
 
 
 def config_of(family: str, precision: str = "float32") -> Pi0Config:
@@ -43,14 +46,22 @@ def config_of(family: str, precision: str = "float32") -> Pi0Config:
     )
 
 
+def lora_config_of(family: str) -> Pi0Config:
+    config = config_of(family)
+    ranks = {name: LoraConfig(*(SPEC["lora"][key][kind] for kind in RANKS)) for name, key in TOWERS.items()}
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), lora=lora) for name, lora in ranks.items()}
+    )
+
+
 def read(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f"{name}.npz") as file:
         return {key: file[key] for key in file.files}
 
 
-def params_of(family: str, precision: str = "float32") -> dict:
+def params_of(name: str, precision: str = "float32") -> dict:
     dtype = jnp.bfloat16 if precision == "bfloat16_params" else jnp.float32
-    return unflatten({name: jnp.asarray(value, dtype) for name, value in read(f"{family}_params").items()})
+    return unflatten({name: jnp.asarray(value, dtype) for name, value in read(f"{name}_params").items()})
 
 
 def observation_of(inputs: dict, cameras=None, tokens: int | None = None) -> model.Observation:
@@ -74,7 +85,7 @@ def forward(config: Pi0Config, params: dict, inputs: dict, condition=None) -> di
     valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
     mask = model.attention_mask(valid, jnp.concatenate([jnp.zeros(prefix.shape[1], bool), opens_block]))
     positions = model.positions_of(valid)
-    (_, out), _ = gemma.run(
+    (prefix_out, out), _ = gemma.run(
         (config.paligemma, config.action_expert),
         params["PaliGemma"]["llm"],
         [prefix, suffix],
@@ -89,8 +100,10 @@ def forward(config: Pi0Config, params: dict, inputs: dict, condition=None) -> di
         "adarms_cond": own_condition,
         "attn_mask": mask,
         "positions": positions,
+        "prefix_out": prefix_out,
         "suffix_out": out,
         "x_t": noisy,
+        "u_t": inputs["noise"] - inputs["actions"],
         "v_t": model.velocity(config, params, out),
     }
 
@@ -99,26 +112,54 @@ def difference(value, golden: np.ndarray) -> float:
     return float(np.abs(np.asarray(value, np.float32) - np.asarray(golden, np.float32)).max())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_forward_pass(family, precision):
-    tolerance = 1e-4 if precision == "float32" else 0.1
-    config, params, inputs = config_of(family, precision), params_of(family, precision), read(f"{family}_inputs")
-    golden = read(f"{family}_{precision}")
+def compare(config: Pi0Config, params: dict, inputs: dict, golden: dict, tolerance: float) -> None:
+    """Compare all that `golden` holds of a forward pass, loss and sampling."""
     mine = forward(config, params, inputs)
     assert {"v_t", "loss", "actions_10"} <= golden.keys()
     for name in golden.keys() & {"attn_mask", "positions", "prefix_mask"}:
         np.testing.assert_array_equal(mine[name], golden[name])
-    for name in golden.keys() & {"suffix_embs", "adarms_cond", "suffix_out", "x_t", "v_t"}:
+    for name in golden.keys() & {"suffix_embs", "adarms_cond", "suffix_out", "x_t", "u_t", "v_t"}:
         assert difference(mine[name], golden[name]) < tolerance, name
-    if "prefix_embs" in golden:
-        seen = np.asarray(mine["prefix_mask"])[..., None]
-        assert difference(np.where(seen, mine["prefix_embs"], 0), np.where(seen, golden["prefix_embs"], 0)) < tolerance
-    noise, time = inputs["noise"], inputs["time"]
-    loss = model.flow_loss(config, params, observation_of(inputs), inputs["actions"], noise, time)
+    seen = np.asarray(mine["prefix_mask"])[..., None]
+    for name in golden.keys() & {"prefix_embs", "prefix_out"}:
+        assert difference(np.where(seen, mine[name], 0), np.where(seen, golden[name], 0)) < tolerance, name
+    observation, actions = observation_of(inputs), inputs["actions"]
+    loss = model.flow_loss(config, params, observation, actions, inputs["noise"], inputs["time"])
     assert difference(loss, golden["loss"]) < tolerance
-    actions = model.sample_actions(config, params, observation_of(inputs), noise)
-    assert difference(actions, golden["actions_10"]) < tolerance
+    assert difference(model.sample_actions(config, params, observation, inputs["noise"]), golden["actions_10"]) < tolerance
+    if "compute_loss_key7" in golden:
+        drawn = model.compute_loss(config, params, jax.random.key(7), observation, actions)
+        assert difference(drawn, golden["compute_loss_key7"]) < tolerance
+
+
+def compare_gradients(config: Pi0Config, params: dict, inputs: dict, golden: dict) -> set[str]:
+    """Compare the gradients that `golden` holds, and return the names of all parameters."""
+
+    def mean_loss(params):
+        return model.flow_loss(config, params, observation_of(inputs), inputs["actions"], inputs["noise"], inputs["time"]).mean()
+
+    gradients = flatten(jax.jit(jax.grad(mean_loss))(params))
+    for name in (name.removeprefix("grad/") for name in golden if name.startswith("grad/")):
+        assert difference(gradients[name], golden[f"grad/{name}"]) < 1e-4, name
+    return set(gradients)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_pass(family, precision):
+    golden = read(f"{family}_{precision}")
+    inputs, tolerance = read(f"{family}_inputs"), 1e-4 if precision == "float32" else 0.1
+    compare(config_of(family, precision), params_of(family, precision), inputs, golden, tolerance)
+
+
+@WITH_LORA
+def test_lora():
+    config, params, inputs, golden = lora_config_of("pi05"), params_of("pi05_lora"), read("pi05_inputs"), read("pi05_lora_float32")
+    assert {name: value.shape for name, value in flatten(params).items()} == {
+        name: shape for name, (shape, _) in table(config).items()
+    }
+    compare(config, params, inputs, golden, 1e-4)
+    compare_gradients(config, params, inputs, golden)
 
 
 def test_the_expert_given_openpis_condition():
@@ -129,15 +170,9 @@ def test_the_expert_given_openpis_condition():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_every_parameter(family):
-    config, inputs, golden = config_of(family), read(f"{family}_inputs"), read(f"{family}_float32")
-
-    def mean_loss(params):
-        return model.flow_loss(config, params, observation_of(inputs), inputs["actions"], inputs["noise"], inputs["time"]).mean()
-
-    gradients = flatten(jax.jit(jax.grad(mean_loss))(params_of(family)))
-    assert {f"grad/{name}" for name in gradients} == {name for name in golden if name.startswith("grad/")}
-    for name, gradient in gradients.items():
-        assert difference(gradient, golden[f"grad/{name}"]) < 1e-4, name
+    golden = read(f"{family}_float32")
+    names = compare_gradients(config_of(family), params_of(family), read(f"{family}_inputs"), golden)
+    assert {f"grad/{name}" for name in names} == {name for name in golden if name.startswith("grad/")}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

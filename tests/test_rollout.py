@@ -1,5 +1,6 @@
 """Rollouts in the real simulator: every episode once, the same whoever plays it, and nothing lost by a kill."""
 
+import dataclasses
 import multiprocessing
 import threading
 import time
@@ -13,7 +14,7 @@ from demo2eval.errors import UserError
 from demo2eval.init_checkpoint import Settings as InitSettings
 from demo2eval.init_checkpoint import init_checkpoint
 from demo2eval.manifest import making, read_manifest
-from demo2eval.maniskill.worker import EpisodeSettings, make_simulator, play, play_episode
+from demo2eval.maniskill.worker import FILM_SIZE, EpisodeSettings, make_simulator, play, play_episode
 from demo2eval.pi0.normalization import NormStats, save_norm_stats
 from demo2eval.rollout import Settings, read_finished, rollout
 
@@ -66,7 +67,7 @@ def play_back(simulator, demonstrations):
 
 @pytest.fixture(scope="module")
 def simulator():
-    return make_simulator(SIMULATOR)
+    return make_simulator(dataclasses.replace(SIMULATOR, film=True))
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +97,23 @@ def test_an_episode_does_not_depend_on_what_was_played_before(played, simulator,
         np.testing.assert_array_equal(seen_again[key]["images"]["base_camera"], observation["images"]["base_camera"])
 
 
+def test_a_film_is_of_the_same_episode(played, simulator, demonstrations):
+    seed, (results, seen) = demonstrations[0].seed, played
+    policy = PlaysBack(demonstrations)
+    filmed = play_episode(
+        simulator, dataclasses.replace(SIMULATOR, film=True), seed, lambda look, seen: policy.answer(seed, look, seen)
+    )
+    assert dataclasses.replace(filmed, film=None, successes=None) == results[seed]
+    for key, observation in policy.seen.items():
+        np.testing.assert_array_equal(observation["images"]["base_camera"], seen[key]["images"]["base_camera"])
+    assert filmed.film.shape == (85, FILM_SIZE, FILM_SIZE, 3)
+    assert np.abs(filmed.film[0].astype(float) - filmed.film[-1]).max() > 100
+    assert np.argmax(filmed.successes) == filmed.first_success_step
+    assert filmed.successes[-1]
+
+
 def test_a_process_that_cannot_start_says_why(demonstrations):
-    settings = EpisodeSettings(**vars(SIMULATOR) | {"control_mode": "pd_nothing"})
+    settings = dataclasses.replace(SIMULATOR, control_mode="pd_nothing")
     with pytest.raises(RuntimeError, match=r"(?s)simulator process 0 failed while it started.*pd_nothing"):
         list(play(settings, [0], 1, PlaysBack(demonstrations)))
     assert not multiprocessing.active_children()

@@ -1,7 +1,9 @@
 """What the model must be whatever its weights: the same scanned or unrolled, remembered or recomputed, with LoRA apart or merged."""
 
 import dataclasses
+import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 
 from demo2eval.pi0 import layers, model
 from demo2eval.pi0.config import LoraConfig, Pi0Config, make_config
-from demo2eval.pi0.parameters import flatten, init_params, unflatten
+from demo2eval.pi0.parameters import flatten, freeze, init_params, trainable_mask, unflatten
 
 SMALL = {"action_horizon": 4, "siglip.image_size": 32, "vocab_size": 50, "continuous_state_token": True}
 
@@ -67,22 +69,67 @@ def test_the_state_token_is_seen(config):
     assert float(jnp.abs(loss_of(config, params) - loss_of(config, without)).max()) > 1e-4
 
 
-def test_lora_equals_its_merged_weights(config):
+def with_lora(config: Pi0Config) -> Pi0Config:
     lora = LoraConfig(attention_rank=4, attention_alpha=8.0, feed_forward_rank=3, feed_forward_alpha=1.5)
     towers = {name: dataclasses.replace(getattr(config, name), lora=lora) for name in ("paligemma", "action_expert")}
-    with_lora = dataclasses.replace(config, **towers)
-    params = random_params(with_lora)
-    flat, merged = flatten(params), {}
-    for name, value in flat.items():
-        if "lora" in name:
-            continue
-        merged[name] = value
-        prefix, scale = (name.removesuffix("w") + "lora_", 8.0 / 4) if name.endswith("/w") else (name + "_lora_", 1.5 / 3)
-        if prefix + "a" in flat:
-            merged[name] = value + scale * jnp.einsum("...ir,...ro->...io", flat[prefix + "a"], flat[prefix + "b"])
-    assert len(flat) - len(merged) == 20
-    np.testing.assert_allclose(loss_of(with_lora, params), loss_of(config, unflatten(merged)), rtol=1e-4)
-    assert float(jnp.abs(loss_of(with_lora, params) - loss_of(config, unflatten({k: flat[k] for k in merged}))).max()) > 1e-4
+    return dataclasses.replace(config, **towers)
+
+
+def merged(flat: dict) -> dict:
+    """Add each low-rank update to its matrix: scaled by alpha / rank in attention alone, with one second factor for all heads behind it."""
+    result = {}
+    for name in (name for name in flat if "lora" not in name):
+        prefix = name.removesuffix("w") if name.endswith("/w") else name + "_"
+        result[name] = flat[name]
+        if f"{prefix}lora_a" in flat:
+            first, second = flat[f"{prefix}lora_a"], flat[f"{prefix}lora_b"]
+            second = second.sum(axis=1, keepdims=True) if "attn_vec" in name else second
+            result[name] += (8.0 / 4 if name.endswith("/w") else 1.0) * (first @ second)
+    return result
+
+
+def test_lora_equals_its_merged_weights(config):
+    params = random_params(with_lora(config))
+    flat = flatten(params)
+    plain = {name: value for name, value in flat.items() if "lora" not in name}
+    assert len(flat) - len(plain) == 20
+    loss = loss_of(with_lora(config), params)
+    np.testing.assert_allclose(loss, loss_of(config, unflatten(merged(flat))), rtol=1e-4)
+    assert float(jnp.abs(loss - loss_of(config, unflatten(plain))).max()) > 1e-4
+
+
+def test_as_many_key_heads_as_heads(config):
+    """openpi keeps query, key and value in one array then; the same numbers in two arrays are the same model."""
+    towers = {name: dataclasses.replace(getattr(config, name), num_kv_heads=4) for name in ("paligemma", "action_expert")}
+    params = random_params(dataclasses.replace(config, **towers))
+    assert not any("/q_einsum" in name or "/kv_einsum" in name for name in flatten(params))
+    attention = params["PaliGemma"]["llm"]["layers"]["attn"]
+    # One head of keys and values, four times over, is grouped-query attention with one.
+    grouped = {name: value for name, value in attention.items() if "qkv" not in name}
+    for suffix in ("", "_1"):
+        query, key, value = (attention[f"qkv_einsum{suffix}"]["w"][:, part] for part in range(3))
+        key, value = (jnp.broadcast_to(one[:, :1], one.shape) for one in (key, value))
+        attention[f"qkv_einsum{suffix}"] = {"w": jnp.stack([query, key, value], axis=1)}
+        grouped |= {f"q_einsum{suffix}": {"w": query}, f"kv_einsum{suffix}": {"w": jnp.stack([key, value], axis=1)[:, :, :1]}}
+    loss = loss_of(dataclasses.replace(config, **towers), params)
+    params["PaliGemma"]["llm"]["layers"]["attn"] = grouped
+    np.testing.assert_allclose(loss, loss_of(config, params), rtol=1e-5)
+
+
+def test_lora_freezes_the_rest_of_both_towers(config):
+    golden = json.loads((Path(__file__).parent.parent / "golden/golden.json").read_text())["report"]
+    lora = with_lora(config)
+    params = init_params(lora, jax.random.key(0))
+    trainable = flatten(trainable_mask(lora, params))
+    assert sorted(name for name, kept in trainable.items() if not kept) == golden["lora/frozen"]
+    assert sorted(name for name, kept in trainable.items() if kept and "/llm/" in name) == golden["lora/trainable_llm"]
+    frozen = flatten(freeze(lora, params))
+    assert {name for name, value in frozen.items() if value.dtype == jnp.bfloat16} == set(golden["lora/frozen"])
+    # In one tower alone, the other tower trains on.
+    expert_only = dataclasses.replace(lora, paligemma=config.paligemma)
+    assert {name for name in golden["lora/frozen"] if "_1/" in name} == {
+        name for name, kept in flatten(trainable_mask(expert_only, init_params(expert_only, jax.random.key(0)))).items() if not kept
+    }
 
 
 def test_sampling_integrates_the_flow_that_is_trained(config):

@@ -1,5 +1,7 @@
 """Weights on disk in openpi's layout: `<step>/params` holds {"params": tree}, float32, written by Orbax."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -23,15 +25,16 @@ def save_params(path: Path, params: dict) -> None:
     ocp.PyTreeCheckpointer().save(Path(path).absolute(), {"params": params})
 
 
-def load_params(path: Path, config: Pi0Config | None = None) -> dict:
+def load_params(path: Path, config: Pi0Config | None = None, dtype: np.dtype | None = None) -> dict:
     """Read weights that were written here or by openpi.
 
     Args:
         path: the folder `<step>/params`.
-        config: if given, the tree is compared with this model's.
+        config: if given, the tree is compared with this model's, before any array is read.
+        dtype: of the arrays returned; None for the types in which they were stored.
 
     Returns:
-        nested dictionary of numpy arrays, in the types in which they were stored.
+        nested dictionary of numpy arrays.
 
     Raises:
         UserError: if the folder is missing or damaged, or the weights are of another family or size.
@@ -40,25 +43,35 @@ def load_params(path: Path, config: Pi0Config | None = None) -> dict:
     if not path.is_dir():
         raise UserError(f"{path} does not exist; a checkpoint keeps its weights in <step>/params.")
     checkpointer = ocp.PyTreeCheckpointer()
-    try:
+    with _damage_is_told(path):
         template = checkpointer.metadata(path.absolute()).item_metadata.tree
-        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
-        saved = checkpointer.restore(path.absolute(), ocp.args.PyTreeRestore(item=template, restore_args=arguments))
-        flat = flatten(saved["params"])
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): it is incomplete; copy or make it again."
-        ) from error
-    # openpi's training writes every leaf as <name>/value.
-    if flat and all(name.endswith("/value") for name in flat):
-        flat = {name.removesuffix("/value"): value for name, value in flat.items()}
+        stored = _without_value(flatten(template["params"]))
     if config is not None:
-        check_params(config, flat, path)
-    return unflatten(flat)
+        check_params(config, stored, path)
+    with _damage_is_told(path):
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype), template)
+        saved = checkpointer.restore(path.absolute(), ocp.args.PyTreeRestore(item=template, restore_args=arguments))
+    return unflatten(_without_value(flatten(saved["params"])))
 
 
-def family_of(names) -> str:
-    """Return which family arrays of these names are of: "pi05", "pi0" or "unknown"."""
+@contextmanager
+def _damage_is_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read ({first_line}): it is incomplete; copy or make it again.") from error
+
+
+def _without_value(flat: dict) -> dict:
+    """Undo openpi's training, which writes every array as <name>/value."""
+    if flat and all(name.endswith("/value") for name in flat):
+        return {name.removesuffix("/value"): value for name, value in flat.items()}
+    return flat
+
+
+def family_of(names: Iterable[str]) -> str:
+    """Return which family arrays of these names, joined by "/", are of: "pi05", "pi0" or "unknown"."""
     names = set(names)
     if "time_mlp_in/kernel" in names:
         return "pi05"
@@ -85,13 +98,22 @@ def check_params(config: Pi0Config, flat: dict[str, np.ndarray], source: Path) -
     if misshapen:
         shapes = [f"{name} {list(flat[name].shape)} instead of {list(wanted[name])}" for name in misshapen]
         told.append(f"misshapen {_names(shapes)}")
-    family = family_of(flat)
-    advice = "set model.overrides to the sizes of the file"
-    if family not in (config.family, "unknown"):
-        advice = f"these are weights of {family}: set model.variant to a {family} variant, or give weights of {config.family}"
-    elif extra and all("lora" in name for name in extra):
-        advice = f"these are weights with LoRA: set model.variant to {config.family}_lora"
-    raise UserError(f"{source} does not hold the weights of this {config.family} model: {'; '.join(told)}; {advice}.")
+    raise UserError(f"{source} does not hold the weights of this {config.family} model: {'; '.join(told)}; {_advice(config, flat)}.")
+
+
+def _advice(config: Pi0Config, flat: dict) -> str:
+    """Return what to do about arrays that are not this model's."""
+    family, lora = family_of(flat), any("lora" in name for name in flat)
+    if family == "unknown":
+        return "these are not weights of Pi0 or Pi0.5: set model.weights to a checkpoint of one"
+    if family != config.family:
+        return f"these are weights of {family}: set model.variant to a {family} variant, or give weights of {config.family}"
+    if lora != any("lora" in name for name in table(config)):
+        variant = f"{family}_lora" if lora else family
+        return f"these are weights of {family} with{'' if lora else 'out'} LoRA: set model.variant to {variant}"
+    if family == "pi05" and ("state_proj/kernel" in flat) != config.continuous_state_token:
+        return f"set model.continuous_state_token to {'false' if config.continuous_state_token else 'true'}"
+    return "set model.overrides to the sizes of the file"
 
 
 def _names(names: list[str]) -> str:

@@ -8,6 +8,7 @@ no counterpart in the safetensors.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,9 @@ class Rule:
         name: openpi's name.
         sources: Hugging Face names, in order; those of each layer one after the other.
         stack: number of layers, or None for an array that is not stacked.
-        forward: one tensor -> one part; for stacked pairs, parts are joined along a new axis.
+        forward: one tensor -> one part.
         backward: the inverse.
-        pair: two tensors a layer, joined along a new axis behind that of the layers.
+        parts: tensors a layer; several are joined along a new axis behind that of the layers.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Rule:
     stack: int | None
     forward: Callable[[np.ndarray], np.ndarray]
     backward: Callable[[np.ndarray], np.ndarray]
-    pair: bool = False
+    parts: int = 1
 
 
 def _same(array: np.ndarray) -> np.ndarray:
@@ -129,12 +130,15 @@ def language_rules(root: str, suffix: str, depth: int, heads: int, kv_heads: int
     """One language tower."""
     ours = "PaliGemma/llm/layers"
     layer = lambda *names: tuple(f"{root}layers.{index}.{name}" for index in range(depth) for name in names)  # noqa: E731
-    yield Rule(f"{ours}/attn/q_einsum{suffix}/w", layer("self_attn.q_proj.weight"), depth, *_heads_in(heads))
-    keys = layer("self_attn.k_proj.weight", "self_attn.v_proj.weight")
-    yield Rule(f"{ours}/attn/kv_einsum{suffix}/w", keys, depth, *_heads_in(kv_heads), pair=True)
+    query, key_value = "self_attn.q_proj.weight", ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
+    if heads == kv_heads:
+        yield Rule(f"{ours}/attn/qkv_einsum{suffix}/w", layer(query, *key_value), depth, *_heads_in(heads), parts=3)
+    else:
+        yield Rule(f"{ours}/attn/q_einsum{suffix}/w", layer(query), depth, *_heads_in(heads))
+        yield Rule(f"{ours}/attn/kv_einsum{suffix}/w", layer(*key_value), depth, *_heads_in(kv_heads), parts=2)
     yield Rule(f"{ours}/attn/attn_vec_einsum{suffix}/w", layer("self_attn.o_proj.weight"), depth, *_heads_out(heads))
     gates = layer("mlp.gate_proj.weight", "mlp.up_proj.weight")
-    yield Rule(f"{ours}/mlp{suffix}/gating_einsum", gates, depth, _transposed, _transposed, pair=True)
+    yield Rule(f"{ours}/mlp{suffix}/gating_einsum", gates, depth, _transposed, _transposed, parts=2)
     yield Rule(f"{ours}/mlp{suffix}/linear", layer("mlp.down_proj.weight"), depth, _transposed, _transposed)
     norms = (("pre_attention_norm", "input_layernorm"), ("pre_ffw_norm", "post_attention_layernorm"))
     for name, theirs in norms:
@@ -218,7 +222,7 @@ def read_tree(source: Path, config: Pi0Config) -> dict[str, np.ndarray]:
             flat[rule.name] = np.ascontiguousarray(part(rule, rule.sources[0]))
             continue
         first = part(rule, rule.sources[0])
-        array = np.empty((rule.stack, *((2,) if rule.pair else ()), *first.shape), np.float32)
+        array = np.empty((rule.stack, *((rule.parts,) if rule.parts > 1 else ()), *first.shape), np.float32)
         places = array.reshape(len(rule.sources), *first.shape)
         for index, name in enumerate(rule.sources):
             places[index] = part(rule, name)
@@ -234,15 +238,31 @@ def from_huggingface(source: Path, folder: Path, config: Pi0Config) -> None:
 
 def to_huggingface(params: Path, file: Path, config: Pi0Config) -> None:
     """Write the weights of an openpi checkpoint's `params` as one safetensors file, with the names of published base files."""
-    from safetensors.numpy import save_file
+    flat = flatten(load_params(params, config, np.float32))
+    rules = rules_for(config)
+    header, end = {}, 0
+    for rule in rules:
+        for name, part in zip(rule.sources, _parts(rule, flat[rule.name]), strict=True):
+            shape = rule.backward(part).shape
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + part.nbytes]}
+            end += part.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    with open(partial, "wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        for rule in rules:
+            for part in _parts(rule, flat.pop(rule.name)):
+                output.write(np.ascontiguousarray(rule.backward(part), "<f4").data)
+    partial.rename(file)
 
-    flat = flatten(load_params(params, config))
-    tensors = {}
-    for rule in rules_for(config):
-        array = flat[rule.name]
-        parts = array.reshape(len(rule.sources), *array.shape[2 if rule.pair else 1 :]) if rule.stack is not None else [array]
-        tensors |= {name: np.ascontiguousarray(rule.backward(part)) for name, part in zip(rule.sources, parts, strict=True)}
-    save_file(tensors, file)
+
+def _parts(rule: Rule, array: np.ndarray) -> np.ndarray:
+    """Return the parts of an array, [number of sources, ...]."""
+    if rule.stack is None:
+        return array[None]
+    return array.reshape(len(rule.sources), *array.shape[2 if rule.parts > 1 else 1 :])
 
 
 def main() -> None:

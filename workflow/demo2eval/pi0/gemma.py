@@ -28,8 +28,9 @@ def rms_norm(params: dict, x: jax.Array, condition: jax.Array | None) -> tuple[j
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
     if condition is None:
         return (normed * (1 + params["scale"].astype(jnp.float32))).astype(x.dtype), None
-    scale, shift, gate = jnp.split(dense(params["Dense_0"], condition)[:, None, :], 3, axis=-1)
-    return (normed * (1 + scale) + shift).astype(x.dtype), gate.astype(x.dtype)
+    modulation = dense(params["Dense_0"], condition.astype(x.dtype))
+    scale, shift, gate = jnp.split(modulation[:, None, :], 3, axis=-1)
+    return (normed * (1 + scale) + shift).astype(x.dtype), gate
 
 
 def rope(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -42,28 +43,21 @@ def rope(x: jax.Array, positions: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
 
 
-def lora_scale(alpha: float, rank: int) -> float:
-    """Return the factor of a low-rank update (Hu et al., 2021)."""
-    return alpha / rank
-
-
 def project(equation: str, x: jax.Array, params: dict, config: GemmaConfig) -> jax.Array:
-    """einsum with the matrix of an attention projection, and its LoRA update if there is one."""
+    """einsum with the matrix of an attention projection, and its low-rank update (Hu et al., 2021) if there is one.
+
+    As in openpi, the update's first factor maps to the equation's output with the rank in place of its last axis. For the output
+    projection this adds up the heads before the second factor, so that the update of all heads has that rank.
+    """
     result = jnp.einsum(equation, x, params["w"].astype(x.dtype))
     if config.lora is None:
         return result
-    inputs, rest = equation.split(",")
-    matrix, output = rest.split("->")
-    # The rank's axis, "r", stands between the matrix's last two.
-    first = matrix[:-1] + "r"
-    middle = "".join("r" if letter == matrix[-1] else letter for letter in output)
-    kept = middle
-    for letter in matrix[:-2]:
-        if letter not in kept:
-            kept = letter + kept
-    low = jnp.einsum(f"{inputs},{first}->{kept}", x, params["lora_a"].astype(x.dtype))
-    update = jnp.einsum(f"{kept},{matrix[:-2]}r{matrix[-1]}->{output}", low, params["lora_b"].astype(x.dtype))
-    return result + update * lora_scale(config.lora.attention_alpha, config.lora.attention_rank)
+    inputs, matrix, output = equation.replace("->", ",").split(",")
+    before, after = matrix[-2:]
+    low = output.replace(after, "r")
+    update = jnp.einsum(f"{inputs},{matrix.replace(after, 'r')}->{low}", x, params["lora_a"].astype(x.dtype))
+    update = jnp.einsum(f"{low},{matrix.replace(before, 'r')}->{output}", update, params["lora_b"].astype(x.dtype))
+    return result + update * (config.lora.attention_alpha / config.lora.attention_rank)
 
 
 def feed_forward(params: dict, x: jax.Array, config: GemmaConfig) -> jax.Array:
@@ -74,8 +68,8 @@ def feed_forward(params: dict, x: jax.Array, config: GemmaConfig) -> jax.Array:
         if config.lora is None:
             return result
         low = values @ params[f"{name}_lora_a"][index].astype(x.dtype)
-        update = low @ params[f"{name}_lora_b"][index].astype(x.dtype)
-        return result + update * lora_scale(config.lora.feed_forward_alpha, config.lora.feed_forward_rank)
+        # openpi scales the updates of attention by alpha / rank, but not these.
+        return result + low @ params[f"{name}_lora_b"][index].astype(x.dtype)
 
     hidden = jax.nn.gelu(matrix("gating_einsum", x, 0), approximate=True) * matrix("gating_einsum", x, 1)
     return matrix("linear", hidden)
@@ -117,10 +111,10 @@ def layer(configs, params: dict, tokens: list, conditions: list, positions: jax.
     for index in present:
         config, suffix, attention = configs[index], suffixes[index], params["attn"]
         normed, gates[index] = rms_norm(params[f"pre_attention_norm{suffix}"], tokens[index], conditions[index])
-        queries.append(project("btd,hdk->bthk", normed, attention[f"q_einsum{suffix}"], config))
-        both = project("btd,chdk->cbthk", normed, attention[f"kv_einsum{suffix}"], config)
-        keys.append(both[0])
-        values.append(both[1])
+        query, key, value = project_inputs(normed, attention, suffix, config)
+        queries.append(query)
+        keys.append(key)
+        values.append(value)
     query = rope(jnp.concatenate(queries, axis=1), positions) * configs[0].head_dim ** -0.5
     new = rope(jnp.concatenate(keys, axis=1), positions), jnp.concatenate(values, axis=1)
     key, value = new if cache is None else tuple(jnp.concatenate(pair, axis=1) for pair in zip(cache, new, strict=True))
@@ -129,15 +123,25 @@ def layer(configs, params: dict, tokens: list, conditions: list, positions: jax.
         config, suffix, x = configs[index], suffixes[index], tokens[index]
         own = mixed[:, start : start + x.shape[1]]
         start += x.shape[1]
-        x = gated(x, attention_output(own, params["attn"][f"attn_vec_einsum{suffix}"], config), gates[index])
+        x = gated(x, project_outputs(own, params["attn"], suffix, config), gates[index])
         normed, gate = rms_norm(params[f"pre_ffw_norm{suffix}"], x, conditions[index])
         result[index] = gated(x, feed_forward(params[f"mlp{suffix}"], normed, config), gate)
     return result, new
 
 
-def attention_output(mixed: jax.Array, params: dict, config: GemmaConfig) -> jax.Array:
+def project_inputs(x: jax.Array, params: dict, suffix: str, config: GemmaConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Project tokens [b, n, width] to query [b, n, heads, head_dim], key and value [b, n, kv heads, head_dim]."""
+    if config.num_kv_heads == config.num_heads:
+        query, key, value = project("btd,chdk->cbthk", x, params[f"qkv_einsum{suffix}"], config)
+        return query, key, value
+    query = project("btd,hdk->bthk", x, params[f"q_einsum{suffix}"], config)
+    key, value = project("btd,chdk->cbthk", x, params[f"kv_einsum{suffix}"], config)
+    return query, key, value
+
+
+def project_outputs(mixed: jax.Array, params: dict, suffix: str, config: GemmaConfig) -> jax.Array:
     """Project the heads back, [b, n, heads, head_dim] -> [b, n, width]."""
-    return project("bthk,hkd->btd", mixed, params, config)
+    return project("bthk,hkd->btd", mixed, params[f"attn_vec_einsum{suffix}"], config)
 
 
 def gated(x: jax.Array, y: jax.Array, gate: jax.Array | None) -> jax.Array:
@@ -147,7 +151,8 @@ def gated(x: jax.Array, y: jax.Array, gate: jax.Array | None) -> jax.Array:
 
 def embed(config: GemmaConfig, params: dict, tokens: jax.Array, dtype) -> jax.Array:
     """Look up prompt tokens [b, l] -> [b, l, width], times sqrt(width)."""
-    return params["embedder"]["input_embedding"][tokens].astype(dtype) * jnp.sqrt(config.width).astype(dtype)
+    embedded = params["embedder"]["input_embedding"][tokens]
+    return (embedded * jnp.sqrt(config.width).astype(embedded.dtype)).astype(dtype)
 
 
 def run(

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from demo2eval.pi0 import gemma, siglip
 from demo2eval.pi0.config import Pi0Config
 from demo2eval.pi0.layers import dense
-from demo2eval.pi0.parameters import init_params
+from demo2eval.pi0.parameters import init_params, trainable_mask
 
-__all__ = ["Observation", "compute_loss", "flow_loss", "init_params", "sample_actions"]
+__all__ = ["Observation", "compute_loss", "flow_loss", "init_params", "sample_actions", "trainable_mask"]
 
-CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 TIME_PERIODS = (4e-3, 4.0)
 
 
@@ -68,7 +67,8 @@ def embed_prefix(config: Pi0Config, params: dict, observation: Observation) -> t
     dtype, weights = jnp.dtype(config.dtype), params["PaliGemma"]
     batch = observation.tokenized_prompt.shape[0]
     tokens, valid = [], []
-    for camera in [name for name in CAMERAS if name in observation.images]:
+    # openpi's own order of cameras is that of their names.
+    for camera in sorted(observation.images):
         encoded = siglip.encode(config.siglip, weights["img"], observation.images[camera], dtype, config.remat)
         mask = jnp.ones(batch, bool) if observation.image_masks is None else observation.image_masks[camera]
         tokens.append(encoded)
@@ -139,8 +139,8 @@ def flow_loss(config: Pi0Config, params: dict, observation: Observation, actions
 
 
 def compute_loss(config: Pi0Config, params: dict, key: jax.Array, observation: Observation, actions: jax.Array) -> jax.Array:
-    """`flow_loss` at noise and time drawn from `key`: time is Beta(1.5, 1) * 0.999 + 0.001."""
-    noise_key, time_key = jax.random.split(key)
+    """`flow_loss` at noise and time drawn from `key`, the same that openpi draws: time is Beta(1.5, 1) * 0.999 + 0.001."""
+    _, noise_key, time_key = jax.random.split(key, 3)  # the first is that of openpi's augmentation
     noise = jax.random.normal(noise_key, actions.shape)
     time = jax.random.beta(time_key, 1.5, 1, actions.shape[:1]) * 0.999 + 0.001
     return flow_loss(config, params, observation, actions, noise, time)

@@ -85,8 +85,11 @@ def gemma_table(config: GemmaConfig, suffix: str, adaptive: bool):
     layers, width, depth = "PaliGemma/llm/layers", config.width, config.depth
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     rank = config.lora and config.lora.attention_rank
-    yield from einsum_with_lora(f"{layers}/attn/q_einsum{suffix}", (depth, heads, width, head_dim), width, rank)
-    yield from einsum_with_lora(f"{layers}/attn/kv_einsum{suffix}", (depth, 2, kv_heads, width, head_dim), width, rank)
+    if heads == kv_heads:
+        yield from einsum_with_lora(f"{layers}/attn/qkv_einsum{suffix}", (depth, 3, heads, width, head_dim), width, rank)
+    else:
+        yield from einsum_with_lora(f"{layers}/attn/q_einsum{suffix}", (depth, heads, width, head_dim), width, rank)
+        yield from einsum_with_lora(f"{layers}/attn/kv_einsum{suffix}", (depth, 2, kv_heads, width, head_dim), width, rank)
     yield from einsum_with_lora(f"{layers}/attn/attn_vec_einsum{suffix}", (depth, heads, head_dim, width), heads * head_dim, rank)
     for name, shape, inputs in (
         ("gating_einsum", (depth, 2, width, config.mlp_dim), width),
@@ -162,3 +165,24 @@ def init_params(config: Pi0Config, key: jax.Array) -> dict:
     rows = table(config)
     keys = jax.random.split(key, len(rows))
     return unflatten({name: rows[name][1](one, rows[name][0]) for name, one in zip(sorted(rows), keys, strict=True)})
+
+
+def is_trainable(config: Pi0Config, name: str) -> bool:
+    """Return whether training changes an array; with LoRA in a language tower, all others of that tower are frozen, as in openpi."""
+    if "/llm/" not in name or "lora" in name:
+        return True
+    # Only the expert's names end a part in "_1"; the token embedding belongs to PaliGemma's tower.
+    tower = config.action_expert if any(part.endswith("_1") for part in name.split("/")) else config.paligemma
+    return tower.lora is None
+
+
+def trainable_mask(config: Pi0Config, params: dict) -> dict:
+    """Return a tree like `params` of bools, False for arrays that LoRA freezes."""
+    return unflatten({name: is_trainable(config, name) for name in flatten(params)})
+
+
+def freeze(config: Pi0Config, params: dict) -> dict:
+    """Return `params` with the frozen arrays in bfloat16, as openpi trains LoRA; without LoRA, they are returned as they are."""
+    return unflatten(
+        {name: value if is_trainable(config, name) else value.astype(jnp.bfloat16) for name, value in flatten(params).items()}
+    )

@@ -1,6 +1,8 @@
 """What happens to pictures, states and actions between the dataset and the model, and back."""
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -66,10 +68,11 @@ def absolute_actions(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool
 
 
 def augment(key: jax.Array, images: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Augment training pictures as openpi does.
+    """Augment training pictures as openpi does; the same key gives the same pictures as there.
 
     Pictures of cameras without "wrist" in the name are cropped to 95 % at a random place, resized back and rotated by up to 5 degrees,
     in one bilinear resampling with black outside. Then the colours of half of all pictures are jittered: brightness, contrast, hue.
+    A look's pictures of several cameras share its random numbers.
 
     Args:
         key: a JAX random key.
@@ -79,61 +82,74 @@ def augment(key: jax.Array, images: Mapping[str, jax.Array]) -> dict[str, jax.Ar
         the same shapes and range.
     """
     result = {}
-    for index, (camera, pictures) in enumerate(sorted(images.items())):
-        keys = jax.random.split(jax.random.fold_in(key, index), pictures.shape[0])
-        moves = "wrist" not in camera
-        result[camera] = (
-            jax.vmap(lambda one, picture, moves=moves: _augment_one(one, picture, moves))(keys, pictures / 2 + 0.5) * 2 - 1
-        )
+    for camera, pictures in images.items():
+        one = _augment_fixed if "wrist" in camera else _augment_moving
+        result[camera] = jax.vmap(one)(jax.random.split(key, pictures.shape[0]), pictures / 2 + 0.5) * 2 - 1
     return result
 
 
-def _augment_one(key: jax.Array, picture: jax.Array, moves: bool) -> jax.Array:
-    place_key, angle_key, chance_key, color_key = jax.random.split(key, 4)
-    if moves:
-        picture = _crop_and_rotate(picture, place_key, angle_key)
-    jittered = _jitter(picture, color_key)
-    return jnp.where(jax.random.bernoulli(chance_key, JITTER_PROBABILITY), jittered, picture)
+def _augment_fixed(key: jax.Array, picture: jax.Array) -> jax.Array:
+    # openpi splits a key for a chain of transforms and again within it, even if the chain has one link.
+    (chain_key,) = jax.random.split(key, 1)
+    return _jitter(*jax.random.split(chain_key, 1), picture)
 
 
-def _crop_and_rotate(picture: jax.Array, place_key: jax.Array, angle_key: jax.Array) -> jax.Array:
-    height, width = picture.shape[:2]
-    size = jnp.array([int(height * CROP), int(width * CROP)], jnp.float32)
-    space = jnp.array([height, width], jnp.float32) - size
-    corner = jnp.round(jax.random.uniform(place_key, (2,)) * space)
-    angle = jnp.deg2rad(jax.random.uniform(angle_key, (), minval=-ROTATION_DEGREES, maxval=ROTATION_DEGREES))
-    rows, columns = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
-    y, x = rows - height / 2, columns - width / 2
-    turned_y = jnp.cos(angle) * y - jnp.sin(angle) * x
-    turned_x = jnp.sin(angle) * y + jnp.cos(angle) * x
-    source_y = corner[0] + size[0] / 2 + turned_y * size[0] / height - 0.5
-    source_x = corner[1] + size[1] / 2 + turned_x * size[1] / width - 0.5
-
-    def sample(channel):
-        return jax.scipy.ndimage.map_coordinates(channel, [source_y, source_x], order=1, mode="constant", cval=0.0)
-
-    return jnp.stack([sample(picture[..., channel]) for channel in range(3)], axis=-1)
+def _augment_moving(key: jax.Array, picture: jax.Array) -> jax.Array:
+    move_key, color_key = jax.random.split(key)
+    return _jitter(*jax.random.split(color_key, 1), _crop_and_rotate(move_key, picture))
 
 
-def _jitter(picture: jax.Array, key: jax.Array) -> jax.Array:
-    brightness, contrast, hue = jax.random.uniform(key, (3,), minval=-1.0, maxval=1.0)
-    picture = picture * (1 + BRIGHTNESS * brightness)
-    mean = picture.mean()
-    picture = (picture - mean) * (1 + CONTRAST * contrast) + mean
-    return jnp.clip(_turn_hue(jnp.clip(picture, 0, 1), HUE * hue), 0, 1)
+def _crop_and_rotate(key: jax.Array, picture: jax.Array) -> jax.Array:
+    """Crop, resize back and rotate a picture [h, w, 3]; the crop's centre need not be at a whole pixel."""
+    crop_key, _, angle_key = jax.random.split(key, 3)
+    size = jnp.array(picture.shape[:2], jnp.float32)
+    cropped = jnp.array([int(side * CROP) for side in picture.shape[:2]], jnp.float32)
+    center = jax.random.uniform(crop_key, (2,), minval=(cropped - size) / 2, maxval=(size - cropped) / 2)
+    limit = math.radians(ROTATION_DEGREES)
+    angle = jax.random.uniform(angle_key, minval=-limit, maxval=limit)
+    sine, cosine = jnp.sin(angle), jnp.cos(angle)
+    y, x = jnp.mgrid[: picture.shape[0], : picture.shape[1]] - ((size - 1) / 2)[:, None, None]
+    turned = jnp.stack([cosine * y + sine * x, cosine * x - sine * y])
+    source = turned * (cropped / size)[:, None, None] + (center + (size - 1) / 2)[:, None, None]
+    sample = partial(jax.scipy.ndimage.map_coordinates, coordinates=source, order=1, mode="constant", cval=0.0)
+    return jax.vmap(sample, in_axes=-1, out_axes=-1)(picture)
 
 
-def _turn_hue(picture: jax.Array, turn: jax.Array) -> jax.Array:
-    """Turn the hue of an RGB picture in [0, 1] by `turn` of a full circle, through HSV (Smith, 1978)."""
-    red, green, blue = picture[..., 0], picture[..., 1], picture[..., 2]
+def _jitter(key: jax.Array, picture: jax.Array) -> jax.Array:
+    """Jitter the colours of a picture [h, w, 3] in [0, 1] with probability 0.5: hue, and in HSV's value brightness and contrast."""
+    keys = jax.random.split(key, 5)
+    brightness, contrast, hue = (
+        jax.random.uniform(one, minval=-limit, maxval=limit)
+        for one, limit in zip(keys[:3], (BRIGHTNESS, CONTRAST, HUE), strict=True)
+    )
     value = picture.max(-1)
     chroma = value - picture.min(-1)
-    safe = jnp.where(chroma == 0, 1, chroma)
-    sector = jnp.where(
-        value == red, (green - blue) / safe % 6, jnp.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
-    )
-    sector = (jnp.where(chroma == 0, 0, sector) + 6 * turn) % 6
-    # Each channel falls off linearly with the hue's distance from its own colour.
-    offsets = jnp.array([5.0, 3.0, 1.0])
-    position = (offsets + sector[..., None]) % 6
-    return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(position, 4 - position), 0, 1)
+    saturation = jnp.where(value == 0, 0.0, chroma / jnp.where(value == 0, 1.0, value))
+    changed = _adjust_contrast(_adjust_brightness(value, brightness), contrast)
+    # Each channel falls off linearly with the hue's distance from its own colour (Smith, 1978).
+    position = (jnp.array([5.0, 3.0, 1.0]) + (_hue(picture, chroma) + 6 * hue)[..., None]) % 6
+    falls = jnp.clip(jnp.minimum(position, 4 - position), 0, 1)
+    jittered = changed[..., None] * (1 - saturation[..., None] * falls)
+    return jnp.where(jax.random.bernoulli(key, JITTER_PROBABILITY), jittered, picture)
+
+
+def _hue(picture: jax.Array, chroma: jax.Array) -> jax.Array:
+    """Return the hue of a picture [h, w, 3] in sixths of the circle, 0 where it is grey, [h, w]."""
+    red, green, blue = picture[..., 0], picture[..., 1], picture[..., 2]
+    differences = jnp.stack([green - blue, blue - red, red - green], axis=-1)
+    strongest = jnp.argmax(picture, axis=-1)
+    difference = jnp.take_along_axis(differences, strongest[..., None], axis=-1)[..., 0]
+    return jnp.where(chroma == 0, 0.0, 2 * strongest + difference / jnp.where(chroma == 0, 1.0, chroma))
+
+
+def _adjust_brightness(value: jax.Array, amount: jax.Array) -> jax.Array:
+    """Move values in [0, 1] towards 0 (amount < 0) or 1, by that share of the way."""
+    return jnp.where(amount < 0, value * (1 + amount), value * (1 - amount) + amount)
+
+
+def _adjust_contrast(value: jax.Array, amount: jax.Array) -> jax.Array:
+    """Bend values in [0, 1] about 0.5: slope tan(45 degrees * (1 + amount)) in the middle, its inverse near 0 and 1."""
+    slope = jnp.tan((amount + 1) * (jnp.pi / 4))
+    knee = slope / (2 * (1 + slope))
+    outer = value / slope + jnp.where(value > 0.5, 1 - 1 / slope, 0.0)
+    return jnp.where((value < knee) | (value > 1 - knee), outer, slope * (value - 0.5) + 0.5)
