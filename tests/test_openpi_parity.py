@@ -6,6 +6,7 @@ The folder in the environment variable GOLDEN_DIR (default tests/golden) says in
 import dataclasses
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from demo2eval.pi0 import gemma, model
+from demo2eval.pi0 import gemma, model, sampling
 from demo2eval.pi0.config import GemmaConfig, LoraConfig, Pi0Config, SiglipConfig, make_config
 from demo2eval.pi0.parameters import flatten, init_params, table, unflatten
 from demo2eval.training.optimizer import make_schedule
@@ -26,6 +27,10 @@ PRECISIONS = ("float32", "bfloat16", "bfloat16_params")
 TOWERS = {"paligemma": "paligemma", "action_expert": "expert"}
 RANKS = ("attn_rank", "attn_alpha", "ffn_rank", "ffn_alpha")
 WITH_LORA = pytest.mark.skipif(not (GOLDEN / "pi05_lora_float32.npz").exists(), reason="GOLDEN_DIR has no numbers of LoRA")
+
+
+flow_loss = jax.jit(model.flow_loss, static_argnums=0)
+sample_actions = jax.jit(sampling.sample_actions, static_argnums=0)
 
 
 def config_of(family: str, precision: str = "float32") -> Pi0Config:
@@ -75,6 +80,7 @@ def observation_of(inputs: dict, cameras=None, tokens: int | None = None) -> mod
     )
 
 
+@partial(jax.jit, static_argnums=0)
 def forward(config: Pi0Config, params: dict, inputs: dict, condition=None) -> dict:
     """Run the model's own parts one by one and return what each gives."""
     observation, time = observation_of(inputs), jnp.asarray(inputs["time"])
@@ -85,7 +91,7 @@ def forward(config: Pi0Config, params: dict, inputs: dict, condition=None) -> di
     valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
     mask = model.attention_mask(valid, jnp.concatenate([jnp.zeros(prefix.shape[1], bool), opens_block]))
     positions = model.positions_of(valid)
-    (prefix_out, out), _ = gemma.run(
+    prefix_out, out = gemma.run(
         (config.paligemma, config.action_expert),
         params["PaliGemma"]["llm"],
         [prefix, suffix],
@@ -124,9 +130,9 @@ def compare(config: Pi0Config, params: dict, inputs: dict, golden: dict, toleran
     for name in golden.keys() & {"prefix_embs", "prefix_out"}:
         assert difference(np.where(seen, mine[name], 0), np.where(seen, golden[name], 0)) < tolerance, name
     observation, actions = observation_of(inputs), inputs["actions"]
-    loss = model.flow_loss(config, params, observation, actions, inputs["noise"], inputs["time"])
+    loss = flow_loss(config, params, observation, actions, inputs["noise"], inputs["time"])
     assert difference(loss, golden["loss"]) < tolerance
-    assert difference(model.sample_actions(config, params, observation, inputs["noise"]), golden["actions_10"]) < tolerance
+    assert difference(sample_actions(config, params, observation, inputs["noise"]), golden["actions_10"]) < tolerance
     if "compute_loss_key7" in golden:
         drawn = model.compute_loss(config, params, jax.random.key(7), observation, actions)
         assert difference(drawn, golden["compute_loss_key7"]) < tolerance
@@ -154,7 +160,12 @@ def test_forward_pass(family, precision):
 
 @WITH_LORA
 def test_lora():
-    config, params, inputs, golden = lora_config_of("pi05"), params_of("pi05_lora"), read("pi05_inputs"), read("pi05_lora_float32")
+    config, params, inputs, golden = (
+        lora_config_of("pi05"),
+        params_of("pi05_lora"),
+        read("pi05_inputs"),
+        read("pi05_lora_float32"),
+    )
     assert {name: value.shape for name, value in flatten(params).items()} == {
         name: shape for name, (shape, _) in table(config).items()
     }
@@ -182,11 +193,11 @@ def test_left_out_cameras_and_padding_change_nothing(family):
     tokens = int(inputs["tokenized_prompt_mask"].sum(axis=1).max())
     assert tokens < inputs["tokenized_prompt"].shape[1]
     actions = inputs["actions"], inputs["noise"], inputs["time"]
-    padded = model.flow_loss(config, params, observation_of(inputs), *actions)
-    trimmed = model.flow_loss(config, params, observation_of(inputs, kept, tokens), *actions)
+    padded = flow_loss(config, params, observation_of(inputs), *actions)
+    trimmed = flow_loss(config, params, observation_of(inputs, kept, tokens), *actions)
     assert difference(trimmed, padded) < 1e-5
     sampled = [
-        model.sample_actions(config, params, observation, inputs["noise"])
+        sample_actions(config, params, observation, inputs["noise"])
         for observation in (observation_of(inputs), observation_of(inputs, kept, tokens))
     ]
     assert difference(*sampled) < 2e-5

@@ -70,9 +70,15 @@ def test_the_model_sees_what_it_saw_in_training(run, observations, name):
     assert seen.images.keys() == batch["images"].keys()
     for camera, pixels in batch["images"].items():
         assert pixels.std() > 10
-        np.testing.assert_array_equal(seen.images[camera], pixels.astype(np.float32) / 255.0 * 2.0 - 1.0)
-    for key in ("state", "tokenized_prompt", "tokenized_prompt_mask"):
+        np.testing.assert_array_equal(seen.images[camera], pixels)
+    for key in ("state", "tokenized_prompt"):
         np.testing.assert_array_equal(getattr(seen, key), batch[key])
+    # Prompts without the state in them are all of one length, so that there is no padding to mask.
+    mask = seen.tokenized_prompt_mask
+    assert (mask is None) == (name == "state_token")
+    np.testing.assert_array_equal(
+        np.ones_like(batch["tokenized_prompt_mask"]) if mask is None else mask, batch["tokenized_prompt_mask"]
+    )
 
 
 def test_perfect_answers_are_the_demonstrations_actions(run, observations, policy):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from demo2eval.pi0 import layers, model
+from demo2eval.pi0 import layers, model, sampling
 from demo2eval.pi0.config import LoraConfig, Pi0Config, make_config
 from demo2eval.pi0.parameters import flatten, freeze, init_params, trainable_mask, unflatten
 
@@ -128,7 +128,9 @@ def test_lora_freezes_the_rest_of_both_towers(config):
     # In one tower alone, the other tower trains on.
     expert_only = dataclasses.replace(lora, paligemma=config.paligemma)
     assert {name for name in golden["lora/frozen"] if "_1/" in name} == {
-        name for name, kept in flatten(trainable_mask(expert_only, init_params(expert_only, jax.random.key(0)))).items() if not kept
+        name
+        for name, kept in flatten(trainable_mask(expert_only, init_params(expert_only, jax.random.key(0)))).items()
+        if not kept
     }
 
 
@@ -142,6 +144,6 @@ def test_sampling_integrates_the_flow_that_is_trained(config):
         tokenized_prompt_mask=jnp.ones((1, 2), bool),
     )
     noise = jax.random.normal(jax.random.key(3), (1, config.action_horizon, config.action_dim))
-    actions = model.sample_actions(config, params, observation, noise, num_steps=1)
+    actions = sampling.sample_actions(config, params, observation, noise, num_steps=1)
     loss = model.flow_loss(config, params, observation, actions, noise, jnp.ones(1))
     np.testing.assert_allclose(loss, 0, atol=1e-9)

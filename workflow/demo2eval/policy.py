@@ -10,8 +10,9 @@ import numpy as np
 from demo2eval.description import assets_folder, read_description
 from demo2eval.errors import UserError
 from demo2eval.pi0.checkpoint import load_params
-from demo2eval.pi0.model import Observation, sample_actions
+from demo2eval.pi0.model import Observation
 from demo2eval.pi0.normalization import load_norm_stats, normalize, unnormalize
+from demo2eval.pi0.sampling import compiler_options, fold, sample
 from demo2eval.pi0.tokenizer import Tokenizer
 from demo2eval.pi0.transforms import absolute_actions, pad, resize_with_pad
 
@@ -44,8 +45,9 @@ class Policy:
         self._checkpoint = checkpoint
         self._stats = load_norm_stats(assets / "norm_stats.json")
         self._tokenizer = Tokenizer.from_file(assets / "tokenizer.model")
-        self._params = jax.device_put(load_params(Path(checkpoint) / "params", self.config))
-        self._sample = jax.jit(partial(sample_actions, self.config, num_steps=flow_steps))
+        params = load_params(Path(checkpoint) / "params", self.config)
+        self._folded = jax.jit(partial(fold, self.config, num_steps=flow_steps))(params)
+        self._sample = jax.jit(partial(sample, self.config), compiler_options=compiler_options(self.batch_size))
 
     def compile(self) -> None:
         """Compile the model, which the first answer would do otherwise."""
@@ -74,17 +76,20 @@ class Policy:
             for camera, source in self.description.cameras.items()
         }
         normalized = normalize(states, self._stats["state"], self.description.use_quantiles)
-        tokens = [
+        prompts = [
             self._tokenizer.tokenize(
                 self.description.prompt, state if self.config.discrete_state_input else None, self.config.max_token_len
             )
             for state in normalized
         ]
+        ids, masks = (np.stack(parts) for parts in zip(*prompts, strict=True))
+        # With the state in it, the prompt's length changes from look to look.
+        padded = self.config.discrete_state_input or not masks.all()
         return Observation(
-            images={camera: pixels.astype(np.float32) / 255.0 * 2.0 - 1.0 for camera, pixels in images.items()},
+            images=images,
             state=pad(normalized, self.config.action_dim).astype(np.float32),
-            tokenized_prompt=np.stack([ids for ids, _ in tokens]),
-            tokenized_prompt_mask=np.stack([mask for _, mask in tokens]),
+            tokenized_prompt=ids,
+            tokenized_prompt_mask=masks if padded else None,
         )
 
     def actions(self, chunk: np.ndarray, states: np.ndarray) -> np.ndarray:
@@ -127,4 +132,4 @@ class Policy:
         missing = self.batch_size - len(observations)
         inputs = self.inputs([*observations, *[observations[-1]] * missing])
         drawn = np.stack([*noise, *[noise[-1]] * missing])
-        return np.asarray(self._sample(self._params, inputs, drawn))[: len(observations)]
+        return np.asarray(self._sample(self._folded, inputs, drawn))[: len(observations)]

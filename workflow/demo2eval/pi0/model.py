@@ -4,7 +4,6 @@ The prefix (pictures, prompt) goes through PaliGemma, the suffix (noisy actions,
 expert. Time 1 is noise: x_t = t noise + (1 - t) actions, and the model learns the velocity noise - actions.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -15,7 +14,7 @@ from demo2eval.pi0.config import Pi0Config
 from demo2eval.pi0.layers import dense
 from demo2eval.pi0.parameters import init_params, trainable_mask
 
-__all__ = ["Observation", "compute_loss", "flow_loss", "init_params", "sample_actions", "trainable_mask"]
+__all__ = ["Observation", "compute_loss", "flow_loss", "init_params", "trainable_mask"]
 
 TIME_PERIODS = (4e-3, 4.0)
 
@@ -26,17 +25,17 @@ class Observation:
     """What the policy sees, a batch of b.
 
     Attributes:
-        images: camera -> float32 [b, h, w, 3] in [-1, 1]; only cameras that exist.
+        images: camera -> float32 [b, h, w, 3] in [-1, 1], or uint8; only cameras that exist.
         state: float32 [b, action_dim], normalised and padded.
         tokenized_prompt: int32 [b, l].
-        tokenized_prompt_mask: bool [b, l], False for padding.
+        tokenized_prompt_mask: bool [b, l], False for padding; None where there is none.
         image_masks: camera -> bool [b], False where a picture is missing; None where all are there.
     """
 
     images: dict[str, jax.Array]
     state: jax.Array
     tokenized_prompt: jax.Array
-    tokenized_prompt_mask: jax.Array
+    tokenized_prompt_mask: jax.Array | None = None
     image_masks: dict[str, jax.Array] | None = None
 
 
@@ -48,37 +47,51 @@ def time_embedding(time: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def attention_mask(valid: jax.Array, opens_block: jax.Array) -> jax.Array:
+def attention_mask(valid: jax.Array | None, opens_block: jax.Array) -> jax.Array:
     """Which token may look at which.
 
     Args:
-        valid: bool [b, n], False for padding.
+        valid: bool [b, n], False for padding; None: there is none.
         opens_block: bool [n]; a token sees all blocks up to its own.
 
     Returns:
-        bool [b, n (looking), n (seen)].
+        bool [b or 1, n (looking), n (seen)].
     """
     block = jnp.cumsum(opens_block)
-    return (block[None, :] <= block[:, None])[None] & valid[:, None, :] & valid[:, :, None]
+    seen = (block[None, :] <= block[:, None])[None]
+    return seen if valid is None else seen & valid[:, None, :] & valid[:, :, None]
 
 
-def embed_prefix(config: Pi0Config, params: dict, observation: Observation) -> tuple[jax.Array, jax.Array]:
-    """Return (tokens [b, n, width], valid bool [b, n]) of pictures, prompt and, if configured, the state."""
+def embed_prefix(config: Pi0Config, params: dict, observation: Observation) -> tuple[jax.Array, jax.Array | None]:
+    """Return tokens [b, n, width] of pictures, prompt and, if configured, the state; and valid, bool [b, n], None if all are."""
     dtype, weights = jnp.dtype(config.dtype), params["PaliGemma"]
     batch = observation.tokenized_prompt.shape[0]
-    tokens, valid = [], []
     # openpi's own order of cameras is that of their names.
-    for camera in sorted(observation.images):
-        encoded = siglip.encode(config.siglip, weights["img"], observation.images[camera], dtype, config.remat)
-        mask = jnp.ones(batch, bool) if observation.image_masks is None else observation.image_masks[camera]
-        tokens.append(encoded)
-        valid.append(jnp.broadcast_to(mask[:, None], encoded.shape[:2]))
-    tokens.append(gemma.embed(config.paligemma, weights["llm"], observation.tokenized_prompt, dtype))
-    valid.append(observation.tokenized_prompt_mask)
+    cameras = sorted(observation.images)
+    pixels = jnp.concatenate([observation.images[camera] for camera in cameras])
+    pixels = pixels / jnp.float32(255) * 2 - 1 if pixels.dtype == jnp.uint8 else pixels
+    encoded = siglip.encode(config.siglip, weights["img"], pixels, dtype, config.remat)
+    tokens = [
+        *jnp.split(encoded, len(cameras)),
+        gemma.embed(config.paligemma, weights["llm"], observation.tokenized_prompt, dtype),
+    ]
+    valid = None
+    if observation.image_masks is not None or observation.tokenized_prompt_mask is not None:
+        masks = dict.fromkeys(cameras, jnp.ones(batch, bool)) if observation.image_masks is None else observation.image_masks
+        prompt = observation.tokenized_prompt_mask
+        prompt = jnp.ones(observation.tokenized_prompt.shape, bool) if prompt is None else prompt
+        valid = [*(jnp.broadcast_to(masks[camera][:, None], (batch, encoded.shape[1])) for camera in cameras), prompt]
     if config.is_pi05 and config.continuous_state_token:
         tokens.append(dense(params["state_proj"], observation.state)[:, None].astype(dtype))
-        valid.append(jnp.ones((batch, 1), bool))
-    return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
+        if valid is not None:
+            valid.append(jnp.ones((batch, 1), bool))
+    return jnp.concatenate(tokens, axis=1), None if valid is None else jnp.concatenate(valid, axis=1)
+
+
+def time_condition(params: dict, time: jax.Array, width: int) -> jax.Array:
+    """What Pi0.5's adaptive norms are given of time [b], float32 [b, width]."""
+    hidden = jax.nn.swish(dense(params["time_mlp_in"], time_embedding(time, width)))
+    return jax.nn.swish(dense(params["time_mlp_out"], hidden))
 
 
 def embed_suffix(config: Pi0Config, params: dict, state: jax.Array, noisy_actions: jax.Array, time: jax.Array):
@@ -89,11 +102,10 @@ def embed_suffix(config: Pi0Config, params: dict, state: jax.Array, noisy_action
     """
     dtype = jnp.dtype(config.dtype)
     actions = dense(params["action_in_proj"], noisy_actions)
-    times = time_embedding(time, config.action_expert.width)
     first = [True] + [False] * (config.action_horizon - 1)
     if config.is_pi05:
-        condition = jax.nn.swish(dense(params["time_mlp_out"], jax.nn.swish(dense(params["time_mlp_in"], times))))
-        return actions.astype(dtype), jnp.array(first), condition
+        return actions.astype(dtype), jnp.array(first), time_condition(params, time, config.action_expert.width)
+    times = time_embedding(time, config.action_expert.width)
     both = jnp.concatenate([actions, jnp.broadcast_to(times[:, None], actions.shape)], axis=-1)
     mixed = dense(params["action_time_mlp_out"], jax.nn.swish(dense(params["action_time_mlp_in"], both)))
     own = dense(params["state_proj"], state)[:, None]
@@ -124,9 +136,10 @@ def flow_loss(config: Pi0Config, params: dict, observation: Observation, actions
     noisy, target = at * noise + (1 - at) * actions, noise - actions
     prefix, prefix_valid = embed_prefix(config, params, observation)
     suffix, opens_block, condition = embed_suffix(config, params, observation.state, noisy, time)
+    prefix_valid = jnp.ones(prefix.shape[:2], bool) if prefix_valid is None else prefix_valid
     valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
     mask = attention_mask(valid, jnp.concatenate([jnp.zeros(prefix.shape[1], bool), opens_block]))
-    (_, suffix_out), _ = gemma.run(
+    _, suffix_out = gemma.run(
         (config.paligemma, config.action_expert),
         params["PaliGemma"]["llm"],
         [prefix, suffix],
@@ -144,37 +157,3 @@ def compute_loss(config: Pi0Config, params: dict, key: jax.Array, observation: O
     noise = jax.random.normal(noise_key, actions.shape)
     time = jax.random.beta(time_key, 1.5, 1, actions.shape[:1]) * 0.999 + 0.001
     return flow_loss(config, params, observation, actions, noise, time)
-
-
-def sample_actions(config: Pi0Config, params: dict, observation: Observation, noise: jax.Array, num_steps: int = 10) -> jax.Array:
-    """Integrate the flow from noise at time 1 to actions at time 0 with `num_steps` Euler steps; the prefix is computed once.
-
-    Args:
-        noise: float32 [b, horizon, action_dim].
-
-    Returns:
-        actions, float32 [b, horizon, action_dim], normalised.
-    """
-    towers, llm = (config.paligemma, config.action_expert), params["PaliGemma"]["llm"]
-    prefix, prefix_valid = embed_prefix(config, params, observation)
-    mask = attention_mask(prefix_valid, jnp.zeros(prefix.shape[1], bool))
-    _, cache = gemma.run(towers, llm, [prefix, None], [None, None], positions_of(prefix_valid), mask)
-    seen = prefix_valid.sum(axis=1)[:, None]
-
-    def step(carry, _):
-        actions, time = carry
-        times = jnp.broadcast_to(time, actions.shape[:1])
-        suffix, opens_block, condition = embed_suffix(config, params, observation.state, actions, times)
-        valid = jnp.ones(suffix.shape[:2], bool)
-        own = attention_mask(valid, opens_block)
-        among = jnp.concatenate([jnp.broadcast_to(prefix_valid[:, None], (*own.shape[:2], prefix.shape[1])), own], axis=-1)
-        (_, out), _ = gemma.run(towers, llm, [None, suffix], [None, condition], seen + positions_of(valid), among, cache=cache)
-        return (actions - velocity(config, params, out) / num_steps, time - 1 / num_steps), None
-
-    (actions, _), _ = jax.lax.scan(step, (noise, jnp.float32(1.0)), None, length=num_steps)
-    return actions
-
-
-def without_masks(observation: Observation) -> Observation:
-    """Return the observation without image masks, for a batch in which every picture is there."""
-    return dataclasses.replace(observation, image_masks=None)

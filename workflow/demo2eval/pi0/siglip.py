@@ -1,10 +1,12 @@
 """SigLIP's vision transformer: one token for each patch of a picture (Zhai et al., 2023; Dosovitskiy et al., 2021)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from demo2eval.pi0.config import SiglipConfig
-from demo2eval.pi0.layers import dense, over_layers
+from demo2eval.pi0.layers import dense, fused_attention, over_layers
 
 
 def layer_norm(params: dict, x: jax.Array) -> jax.Array:
@@ -24,22 +26,26 @@ def patches(images: jax.Array, size: int) -> jax.Array:
     return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, size * size * channels)
 
 
-def attention(params: dict, x: jax.Array) -> jax.Array:
+def attention(config: SiglipConfig, params: dict, x: jax.Array) -> jax.Array:
     """Multi-head self-attention of all tokens, [b, n, width] -> [b, n, width]."""
 
     def project(name):
         return jnp.einsum("bnd,dhk->bnhk", x, params[name]["kernel"].astype(x.dtype)) + params[name]["bias"].astype(x.dtype)
 
-    query, key, value = project("query"), project("key"), project("value")
-    logits = jnp.einsum("bqhk,bnhk->bhqn", query / jnp.sqrt(query.shape[-1]).astype(x.dtype), key)
-    weights = jax.nn.softmax(logits, axis=-1)
-    mixed = jnp.einsum("bhqn,bnhk->bqhk", weights, value)
-    return jnp.einsum("bqhk,hkd->bqd", mixed, params["out"]["kernel"].astype(x.dtype)) + params["out"]["bias"].astype(x.dtype)
+    if "qkv" in params:
+        query, key, value = jnp.split(dense(params["qkv"], x).reshape(*x.shape[:2], 3 * config.num_heads, -1), 3, axis=2)
+        mixed = fused_attention(query, key, value)
+    else:
+        query, key, value = project("query"), project("key"), project("value")
+        logits = jnp.einsum("bqhk,bnhk->bhqn", query / jnp.sqrt(query.shape[-1]).astype(x.dtype), key)
+        mixed = jnp.einsum("bhqn,bnhk->bqhk", jax.nn.softmax(logits, axis=-1), value)
+    out = {"kernel": params["out"]["kernel"].reshape(config.width, config.width), "bias": params["out"]["bias"]}
+    return dense(out, mixed.reshape(x.shape))
 
 
-def block(params: dict, x: jax.Array) -> jax.Array:
+def block(config: SiglipConfig, params: dict, x: jax.Array) -> jax.Array:
     """One pre-norm transformer block."""
-    x = x + attention(params["MultiHeadDotProductAttention_0"], layer_norm(params["LayerNorm_0"], x))
+    x = x + attention(config, params["MultiHeadDotProductAttention_0"], layer_norm(params["LayerNorm_0"], x))
     hidden = dense(params["MlpBlock_0"]["Dense_0"], layer_norm(params["LayerNorm_1"], x))
     return x + dense(params["MlpBlock_0"]["Dense_1"], jax.nn.gelu(hidden, approximate=True))
 
@@ -58,5 +64,5 @@ def encode(config: SiglipConfig, params: dict, images: jax.Array, dtype, remat: 
     kernel = params["embedding"]["kernel"].reshape(-1, config.width)
     x = patches(images.astype(jnp.float32), config.patch_size) @ kernel + params["embedding"]["bias"]
     x = (x + params["pos_embedding"]).astype(dtype)
-    x, _ = over_layers(lambda layer, x: (block(layer, x), None), params["Transformer"]["encoderblock"], x, remat=remat)
+    x = over_layers(partial(block, config), params["Transformer"]["encoderblock"], x, remat=remat)
     return dense(params["head"], layer_norm(params["Transformer"]["encoder_norm"], x))
