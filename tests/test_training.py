@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from demo2eval import dataset, init_checkpoint, norm_stats, train_segment, training_cache
+from demo2eval.description import read_description
 from demo2eval.errors import UserError
 from demo2eval.manifest import read_manifest
 from demo2eval.pi0.checkpoint import load_params
+from demo2eval.pi0.parameters import flatten
 from demo2eval.training.state import tree_digest
 
 PROMPT = "push the blue cube into the red and white target region"
@@ -103,3 +105,34 @@ def test_a_segment_must_go_forward(run, segments):
     settings = train_segment.Settings(to_step=6, **TRAINING)
     with pytest.raises(UserError, match="not before 6"):
         train_segment.train_segment(settings, segments / "9.json", run / "cache/manifest.json", run / "back/6.json")
+
+
+def test_lora_trains_its_factors_on_base_weights_and_freezes_the_rest(run):
+    """Checkpoint 0 takes the weights that were trained before; only what openpi would train moves, and it resumes bit for bit."""
+    base = train(run, [3], "base") / "3"
+    description = read_manifest(run / "checkpoints/0.json")["settings"]
+    settings = init_checkpoint.Settings(
+        **description
+        | {
+            "variant": "pi05_tiny_lora",
+            "weights": str(base),
+            "tokenizer": str(base / "assets/maniskill/PushCube-v1/tokenizer.model"),
+        }
+        | {"model_overrides": description["model_overrides"] | {"vocab_size": read_description(base).config.vocab_size}}
+    )
+    start = run / "lora"
+    init_checkpoint.init_checkpoint(settings, run / "norm_stats/manifest.json", start / "checkpoints/0.json")
+    (start / "cache").symlink_to(run / "cache")
+    whole, segments = (train(start, steps, f"to{len(steps)}", ema_decay=None) for steps in ([6], [3, 6]))
+    assert read_manifest(whole / "6.json")["digest"] == read_manifest(segments / "6.json")["digest"]
+    before, after = (flatten(load_params(path)) for path in (base / "params", whole / "6/params"))
+    factors = after.keys() - before.keys()
+    assert factors
+    assert all("lora" in name for name in factors)
+    for name, value in before.items():
+        if "/llm/" in name:
+            np.testing.assert_array_equal(after[name], value.astype(after[name].dtype), err_msg=name)
+            assert after[name].dtype == "bfloat16"
+    assert not np.array_equal(after["action_in_proj/kernel"], before["action_in_proj/kernel"])
+    first = flatten(load_params(whole / "0/params"))
+    assert all(not np.array_equal(after[name], first[name]) for name in factors)

@@ -13,7 +13,7 @@ from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.description import PolicyDescription
 from demo2eval.errors import UserError
 from demo2eval.manifest import Work, making, read_manifest, sha256_text, to_json
-from demo2eval.pi0.config import make_config
+from demo2eval.pi0.config import make_config, without_lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def write_params(settings: Settings, config, folder: Path) -> str:
     import jax
 
     from demo2eval.pi0.checkpoint import load_params, save_params
-    from demo2eval.pi0.model import init_params
+    from demo2eval.pi0.parameters import init_params
     from demo2eval.training.state import tree_digest
 
     if settings.weights is None:
@@ -89,11 +89,29 @@ def write_params(settings: Settings, config, folder: Path) -> str:
         raise UserError(f"the base weights {source} do not exist; put them there, or train from scratch with weights null.")
     if (source / "params").is_dir():
         folder.symlink_to((source / "params").absolute(), target_is_directory=True)
-        return tree_digest(load_params(folder, config))
-    from demo2eval.pi0.convert import from_huggingface
+    else:
+        from demo2eval.pi0.convert import from_huggingface
 
-    from_huggingface(source, folder, config)
+        from_huggingface(source, folder, without_lora(config))
+    if config != without_lora(config):
+        add_lora(settings, config, folder)
     return tree_digest(load_params(folder, config))
+
+
+def add_lora(settings: Settings, config, folder: Path) -> None:
+    """Put fresh low-rank factors beside base weights that have none, as openpi does."""
+    import jax
+
+    from demo2eval.pi0.checkpoint import check_params, load_params, save_params
+    from demo2eval.pi0.parameters import flatten, init_params, unflatten
+
+    base = flatten(load_params(folder))
+    if any("lora" in name for name in base):
+        return
+    check_params(without_lora(config), base, Path(settings.weights))
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+    draw = jax.jit(lambda key: {name: value for name, value in flatten(init_params(config, key)).items() if "lora" in name})
+    save_params(folder, unflatten(base | draw(jax.random.key(settings.seed))))
 
 
 def load_tokenizer(settings: Settings):
@@ -146,7 +164,7 @@ def parameter_count(config) -> int:
     """Return the number of values in all parameter arrays of a model, without making any."""
     import jax
 
-    from demo2eval.pi0.model import init_params
+    from demo2eval.pi0.parameters import init_params
 
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_params(config, jax.random.key(0)))))
 

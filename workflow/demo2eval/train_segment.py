@@ -51,7 +51,8 @@ def payload_of(manifest: Path) -> Path:
 def make_train_step(config, optimizer, ema_decay: float | None, augment: bool) -> Callable:
     """Return the jitted function (state, batch, key) -> (state, metrics).
 
-    `state` holds `params`, `opt_state` and, with EMA, `ema`. `batch` is what `TrainingData.batch` gives: uint8 images [b, h, w, 3]
+    `state` holds `params`, those that training changes, `frozen`, those that it does not, `opt_state` and, with EMA, `ema` of `params`;
+    parameters as flat dictionaries. `batch` is what `TrainingData.batch` gives: uint8 images [b, h, w, 3]
     by camera, state [b, action_dim], actions [b, horizon, action_dim], and the prompt's tokens and mask [b, l].
     """
     import jax
@@ -60,9 +61,10 @@ def make_train_step(config, optimizer, ema_decay: float | None, augment: bool) -
 
     from demo2eval.pi0 import transforms
     from demo2eval.pi0.model import Observation, compute_loss
+    from demo2eval.pi0.parameters import unflatten
     from demo2eval.training.optimizer import ema_update
 
-    def loss_of(params, batch, key):
+    def loss_of(trained, frozen, batch, key):
         augment_key, loss_key = jax.random.split(key)
         images = {camera: pixels.astype(jnp.float32) / 255.0 * 2.0 - 1.0 for camera, pixels in batch["images"].items()}
         if augment:
@@ -73,14 +75,14 @@ def make_train_step(config, optimizer, ema_decay: float | None, augment: bool) -
             tokenized_prompt=batch["tokenized_prompt"],
             tokenized_prompt_mask=batch["tokenized_prompt_mask"],
         )
-        return jnp.mean(compute_loss(config, params, loss_key, observation, batch["actions"]))
+        return jnp.mean(compute_loss(config, unflatten(trained | frozen), loss_key, observation, batch["actions"]))
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state, batch, key):
-        loss, gradients = jax.value_and_grad(loss_of)(state["params"], batch, key)
+        loss, gradients = jax.value_and_grad(loss_of)(state["params"], state["frozen"], batch, key)
         updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        new = {"params": params, "opt_state": opt_state}
+        new = {"params": params, "frozen": state["frozen"], "opt_state": opt_state}
         if ema_decay is not None:
             new["ema"] = ema_update(state["ema"], params, ema_decay)
         return new, {"loss": loss, "grad_norm": optax.global_norm(gradients)}
@@ -95,20 +97,22 @@ def start_state(previous: Path, step: int, config, optimizer, ema_decay: float |
         UserError: if the weights or the training state are missing, damaged or of another model.
     """
     import jax
+    import jax.numpy as jnp
 
     from demo2eval.pi0.checkpoint import load_params
+    from demo2eval.pi0.parameters import split_trainable
     from demo2eval.training.state import load_train_state
 
-    averaged = load_params(previous / "params", config)
+    averaged, frozen = split_trainable(config, load_params(previous / "params", config))
     if step == 0:
-        params = jax.tree.map(jax.numpy.asarray, averaged)
-        state = {"params": params, "opt_state": optimizer.init(params)}
+        params = {name: jnp.asarray(value, jnp.float32) for name, value in averaged.items()}
+        opt_state = optimizer.init(params)
     else:
         params, opt_state = load_train_state(previous / "train_state", optimizer)
-        state = {"params": params, "opt_state": opt_state}
+    state = {"params": params, "frozen": frozen, "opt_state": opt_state}
     if ema_decay is not None:
         # A copy: the step's buffers are donated, so nothing may be in the state twice.
-        state["ema"] = jax.tree.map(lambda array: jax.numpy.array(array, copy=True), averaged)
+        state["ema"] = {name: jnp.array(value, jnp.float32, copy=True) for name, value in averaged.items()}
     return jax.device_put(state)
 
 
@@ -174,6 +178,7 @@ def _make(settings: Settings, previous: Path, cache: Path, work: Work) -> None:
     import jax
 
     from demo2eval.pi0.checkpoint import save_params
+    from demo2eval.pi0.parameters import unflatten
     from demo2eval.training.loader import TrainingData
     from demo2eval.training.optimizer import make_optimizer, make_schedule
     from demo2eval.training.state import save_train_state, tree_digest
@@ -194,7 +199,7 @@ def _make(settings: Settings, previous: Path, cache: Path, work: Work) -> None:
     started = time.monotonic()
     state = train(settings, config, state, data, first_step, metrics_file, optimizer, schedule)
     seconds = time.monotonic() - started
-    published = state.get("ema", state["params"])
+    published = unflatten(state.get("ema", state["params"]) | state["frozen"])
     save_params(work.partial / "params", published)
     save_train_state(work.partial / "train_state", state["params"], state["opt_state"])
     shutil.copytree(source / "assets", work.partial / "assets")

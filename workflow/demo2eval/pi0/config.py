@@ -100,6 +100,7 @@ TINY = {
     "dtype": "float32",
     "remat": False,
 }
+TINY_LORA = {name: dataclasses.replace(TINY[name], lora=LoraConfig(4, 4.0, 4, 4.0)) for name in LORA}
 VARIANTS = {
     "pi05": PI05,
     "pi0": PI0,
@@ -107,6 +108,7 @@ VARIANTS = {
     "pi0_lora": dataclasses.replace(PI0, **LORA),
     "pi05_tiny": dataclasses.replace(PI05, **TINY),
     "pi0_tiny": dataclasses.replace(PI0, **TINY),
+    "pi05_tiny_lora": dataclasses.replace(PI05, **TINY | TINY_LORA),
 }
 
 
@@ -122,11 +124,17 @@ def _replace(config, key: str, value):
     return dataclasses.replace(config, **{name: value})
 
 
+def without_lora(config: Pi0Config) -> Pi0Config:
+    """Return the same model without low-rank adapters."""
+    towers = {name: dataclasses.replace(getattr(config, name), lora=None) for name in LORA}
+    return dataclasses.replace(config, **towers)
+
+
 def make_config(variant: str = "pi05", **overrides) -> Pi0Config:
     """Return a variant's configuration with changes.
 
     Args:
-        variant: pi05, pi0, pi05_lora, pi0_lora, pi05_tiny or pi0_tiny.
+        variant: one of `VARIANTS`.
         overrides: fields of `Pi0Config`, with dots for nested ones, such as {"siglip.width": 128}.
 
     Raises:

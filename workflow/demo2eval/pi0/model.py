@@ -12,9 +12,6 @@ import jax.numpy as jnp
 from demo2eval.pi0 import gemma, siglip
 from demo2eval.pi0.config import Pi0Config
 from demo2eval.pi0.layers import dense
-from demo2eval.pi0.parameters import init_params, trainable_mask
-
-__all__ = ["Observation", "compute_loss", "flow_loss", "init_params", "trainable_mask"]
 
 TIME_PERIODS = (4e-3, 4.0)
 

@@ -176,13 +176,8 @@ def is_trainable(config: Pi0Config, name: str) -> bool:
     return tower.lora is None
 
 
-def trainable_mask(config: Pi0Config, params: dict) -> dict:
-    """Return a tree like `params` of bools, False for arrays that LoRA freezes."""
-    return unflatten({name: is_trainable(config, name) for name in flatten(params)})
-
-
-def freeze(config: Pi0Config, params: dict) -> dict:
-    """Return `params` with the frozen arrays in bfloat16, as openpi trains LoRA; without LoRA, they are returned as they are."""
-    return unflatten(
-        {name: value if is_trainable(config, name) else value.astype(jnp.bfloat16) for name, value in flatten(params).items()}
-    )
+def split_trainable(config: Pi0Config, params: dict) -> tuple[dict, dict]:
+    """Return the arrays that training changes, as they are, and those that LoRA freezes, in bfloat16 as openpi keeps them; both flat."""
+    flat = flatten(params)
+    trained = {name: value for name, value in flat.items() if is_trainable(config, name)}
+    return trained, {name: value.astype(jnp.bfloat16) for name, value in flat.items() if name not in trained}

@@ -1,7 +1,5 @@
 """openpi's optimizer: AdamW after clipping by global norm, cosine decay with warm-up, and the exponential moving average of weights."""
 
-import operator
-
 import jax
 import optax
 
@@ -22,26 +20,10 @@ def make_schedule(warmup_steps: int, peak_lr: float, decay_steps: int, decay_lr:
 
 
 def make_optimizer(
-    schedule: optax.Schedule,
-    clip: float = 1.0,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 1e-10,
-    trainable: dict | None = None,
+    schedule: optax.Schedule, clip: float = 1.0, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 1e-10
 ) -> optax.GradientTransformation:
-    """Return AdamW (Loshchilov and Hutter, 2019), with decay on all parameters, after clipping the gradient's global norm.
-
-    Args:
-        trainable: tree of bools, such as `pi0.model.trainable_mask` gives; where it is False, parameters keep their values, have no
-            optimizer state and do not count in the norm. None trains all.
-    """
-    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    optimizer = optax.chain(optax.clip_by_global_norm(clip), adamw)
-    if trainable is None:
-        return optimizer
-    frozen = jax.tree.map(operator.not_, trainable)
-    return optax.chain(optax.masked(optimizer, trainable), optax.masked(optax.set_to_zero(), frozen))
+    """Return AdamW (Loshchilov and Hutter, 2019), with decay on all parameters, after clipping the gradient's global norm."""
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
 
 
 def ema_update(average, params, decay: float):
