@@ -1,18 +1,44 @@
-"""Weights on disk in openpi's layout: `<step>/params` holds {"params": tree}, float32, written by Orbax."""
+"""Weights on disk in openpi's layout: `<step>/params` holds {"params": tree}, written by Orbax."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from demo2eval.errors import UserError
 from demo2eval.pi0.config import Pi0Config
-from demo2eval.pi0.parameters import flatten, table, unflatten
+from demo2eval.pi0.mismatch import check_params
+from demo2eval.pi0.parameters import flatten, unflatten
 
-NAMES_SHOWN = 12
+# Orbax compresses a chunk at a time, several at once; without chunks, a whole array.
+CHUNK_BYTES = 32 * 2**20
+READERS = 4
+
+
+@dataclass(frozen=True)
+class LazyArray:
+    """An array that is read or made only when its turn comes to be written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Writes each `LazyArray` to the end before the next is read; on disk they are plain numpy arrays."""
+
+    async def serialize(self, values, infos, args=None):
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for written in await super().serialize([value.read()], [info], [arg]):
+                written.result()
+        return []
 
 
 def save_params(path: Path, params: dict) -> None:
@@ -23,6 +49,27 @@ def save_params(path: Path, params: dict) -> None:
         params: nested dictionary of arrays.
     """
     ocp.PyTreeCheckpointer().save(Path(path).absolute(), {"params": params})
+
+
+def save_lazily(path: Path, arrays: dict[str, LazyArray]) -> None:
+    """Write weights as `save_params` does, holding one array in memory at a time.
+
+    Args:
+        path: the folder `<step>/params`.
+        arrays: by openpi's names.
+
+    Raises:
+        UserError: if the folder exists.
+    """
+    if Path(path).exists():
+        raise UserError(f"{path} exists; remove it or give another output.")
+    tree = {"params": unflatten(arrays)}
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (LazyArray, _OneByOne(deepcopy_host_arrays=False)), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)) as checkpointer:
+        checkpointer.save(Path(path).absolute(), args=ocp.args.PyTreeSave(tree, save_args=chunks))
 
 
 def load_params(path: Path, config: Pi0Config | None = None, dtype: np.dtype | None = None) -> dict:
@@ -39,83 +86,71 @@ def load_params(path: Path, config: Pi0Config | None = None, dtype: np.dtype | N
     Raises:
         UserError: if the folder is missing or damaged, or the weights are of another family or size.
     """
-    path = Path(path)
+    stored = _describe(Path(path), config)
+    # Each array by itself: Orbax reads all at once, and of one that is damaged leaves a traceback for every other.
+    with ThreadPoolExecutor(READERS) as pool:
+        arrays = pool.map(lambda leaf: _restore(Path(path), *leaf, dtype), stored.values())
+        return unflatten(dict(zip(stored, arrays, strict=True)))
+
+
+def open_params(path: Path, config: Pi0Config) -> dict[str, LazyArray]:
+    """Return the arrays that `load_params` reads, by openpi's names, none of them read yet.
+
+    Raises:
+        UserError: as `load_params`; an array that is damaged shows when it is read.
+    """
+    return {
+        name: LazyArray(tuple(leaf.shape), np.dtype(leaf.dtype), partial(_restore, Path(path), place, leaf))
+        for name, (place, leaf) in _describe(Path(path), config).items()
+    }
+
+
+def _describe(path: Path, config: Pi0Config | None) -> dict[str, tuple[str, object]]:
+    """Return {openpi's name: (name in the file, metadata)} of a checkpoint's arrays, compared with a model's if given."""
     if not path.is_dir():
         raise UserError(f"{path} does not exist; a checkpoint keeps its weights in <step>/params.")
-    checkpointer = ocp.PyTreeCheckpointer()
+    if not (path / "_METADATA").is_file():
+        raise UserError(f"{path} holds no weights, or not all of them: it has no file _METADATA; copy or make it again.")
     with _damage_is_told(path):
-        template = checkpointer.metadata(path.absolute()).item_metadata.tree
-        stored = _without_value(flatten(template["params"]))
+        _read_index(path)
+        metadata = ocp.PyTreeCheckpointer().metadata(path.absolute()).item_metadata
+        if metadata is None:
+            raise ValueError("_METADATA or _sharding is cut off")
+        leaves = flatten(metadata.tree)
+    stored = {name.removeprefix("params/"): (name, leaf) for name, leaf in leaves.items()}
+    if all(name.endswith("/value") for name in stored):  # openpi's training writes them so
+        stored = {name.removesuffix("/value"): place for name, place in stored.items()}
     if config is not None:
-        check_params(config, stored, path)
-    with _damage_is_told(path):
-        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype), template)
-        saved = checkpointer.restore(path.absolute(), ocp.args.PyTreeRestore(item=template, restore_args=arguments))
-    return unflatten(_without_value(flatten(saved["params"])))
+        check_params(config, {name: leaf for name, (_, leaf) in stored.items()}, path)
+    return stored
+
+
+def _read_index(path: Path) -> None:
+    """Read what says where the arrays lie, which fails here with one error and in Orbax with one for each array."""
+    if (path / "manifest.ocdbt").exists():
+        tensorstore.KvStore.open({"driver": "ocdbt", "base": path.absolute().as_uri() + "/"}).result().list().result()
+    elif not any(path.glob("params.*")):
+        raise ValueError("manifest.ocdbt is missing")
+
+
+def _restore(path: Path, name: str, leaf, dtype: np.dtype | None = None) -> np.ndarray:
+    """Read one array, of metadata `leaf`."""
+    with _damage_is_told(path, f"array {name.removeprefix('params/')} of "):
+        restored = ocp.PyTreeCheckpointer().restore(
+            path.absolute(),
+            ocp.args.PyTreeRestore(
+                item=unflatten({name: leaf}),
+                restore_args=unflatten({name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)}),
+                partial_restore=True,
+            ),
+        )
+        return flatten(restored)[name]
 
 
 @contextmanager
-def _damage_is_told(path: Path) -> Iterator[None]:
+def _damage_is_told(path: Path, what: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read ({first_line}): it is incomplete; copy or make it again.") from error
-
-
-def _without_value(flat: dict) -> dict:
-    """Undo openpi's training, which writes every array as <name>/value."""
-    if flat and all(name.endswith("/value") for name in flat):
-        return {name.removesuffix("/value"): value for name, value in flat.items()}
-    return flat
-
-
-def family_of(names: Iterable[str]) -> str:
-    """Return which family arrays of these names, joined by "/", are of: "pi05", "pi0" or "unknown"."""
-    names = set(names)
-    if "time_mlp_in/kernel" in names:
-        return "pi05"
-    return "pi0" if "action_time_mlp_in/kernel" in names else "unknown"
-
-
-def check_params(config: Pi0Config, flat: dict[str, np.ndarray], source: Path) -> None:
-    """Compare arrays with a model's parameter table.
-
-    Raises:
-        UserError: names the arrays that are missing, left over or misshapen, and says what the file is and what to set.
-    """
-    wanted = {name: shape for name, (shape, _) in table(config).items()}
-    missing = sorted(wanted.keys() - flat.keys())
-    extra = sorted(flat.keys() - wanted.keys())
-    misshapen = sorted(name for name in wanted.keys() & flat.keys() if tuple(flat[name].shape) != wanted[name])
-    if not (missing or extra or misshapen):
-        return
-    told = []
-    if missing:
-        told.append(f"missing {_names(missing)}")
-    if extra:
-        told.append(f"left over {_names(extra)}")
-    if misshapen:
-        shapes = [f"{name} {list(flat[name].shape)} instead of {list(wanted[name])}" for name in misshapen]
-        told.append(f"misshapen {_names(shapes)}")
-    raise UserError(f"{source} does not hold the weights of this {config.family} model: {'; '.join(told)}; {_advice(config, flat)}.")
-
-
-def _advice(config: Pi0Config, flat: dict) -> str:
-    """Return what to do about arrays that are not this model's."""
-    family, lora = family_of(flat), any("lora" in name for name in flat)
-    if family == "unknown":
-        return "these are not weights of Pi0 or Pi0.5: set model.weights to a checkpoint of one"
-    if family != config.family:
-        return f"these are weights of {family}: set model.variant to a {family} variant, or give weights of {config.family}"
-    if lora != any("lora" in name for name in table(config)):
-        variant = f"{family}_lora" if lora else family
-        return f"these are weights of {family} with{'' if lora else 'out'} LoRA: set model.variant to {variant}"
-    if family == "pi05" and ("state_proj/kernel" in flat) != config.continuous_state_token:
-        return f"set model.continuous_state_token to {'false' if config.continuous_state_token else 'true'}"
-    return "set model.overrides to the sizes of the file"
-
-
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{', '.join(names[:NAMES_SHOWN])}{more}"
+        raise UserError(f"{what}{path} cannot be read ({first_line}): it is incomplete; copy or make it again.") from error

@@ -3,8 +3,9 @@
     python -m demo2eval.pi0.convert --from-safetensors lerobot/pi05_base --output weights/pi05_base
     python -m demo2eval.pi0.convert --to-safetensors results/stackcube/checkpoints/30000 --output out/model.safetensors
 
-Arrays are moved one at a time, so memory holds one copy of the weights. LoRA arrays have
-no counterpart in the safetensors.
+Values keep the type that they are stored in, unless --dtype says otherwise, so that there and back gives the same bits. Arrays are
+read, turned and written one at a time: memory holds the largest about three times, below one copy of the weights of a full-size
+model. LoRA arrays have no counterpart in safetensors.
 """
 
 import argparse
@@ -13,20 +14,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from demo2eval.cli import run
 from demo2eval.errors import UserError
-from demo2eval.pi0.checkpoint import check_params, load_params, save_params
-from demo2eval.pi0.config import Pi0Config
-from demo2eval.pi0.parameters import flatten, unflatten
+from demo2eval.pi0.checkpoint import LazyArray, open_params, save_lazily
+from demo2eval.pi0.config import Pi0Config, make_config
+from demo2eval.pi0.mismatch import Shapes, check_arrays, measured
+from demo2eval.pi0.parameters import table
+from demo2eval.pi0.safetensors_files import StoredTensor, open_tensors, write_tensors
 
 TOWER = "paligemma_with_expert.paligemma.model."
 VISION = TOWER + "vision_tower.vision_model."
 LANGUAGE = TOWER + "language_model."
 EXPERT = "paligemma_with_expert.gemma_expert.model."
 TIED_EMBEDDING = "paligemma_with_expert.paligemma.lm_head.weight"
-DROPPED = ("paligemma_with_expert.gemma_expert.lm_head.weight", LANGUAGE + "embed_tokens.weight")
+EMBEDDING = LANGUAGE + "embed_tokens.weight"
+# LeRobot's policies own it and never use it.
+EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
+FLOAT32 = np.dtype(np.float32)
+DTYPES = {"stored": None, "float32": FLOAT32, "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclass(frozen=True)
@@ -169,118 +177,177 @@ def rules_for(config: Pi0Config) -> list[Rule]:
     ]
 
 
-def open_safetensors(source: Path) -> tuple[dict[str, object], list]:
-    """Return ({name without a leading "model.": file}, open files) of a safetensors file or of a folder of them.
-
-    Raises:
-        UserError: if there is none or one is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    source = Path(source)
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
-    if not files or not all(file.is_file() for file in files):
-        raise UserError(
-            f"{source} is neither an openpi checkpoint nor a file or folder of safetensors; set model.weights to one."
-        )
-    tensors, opened = {}, []
-    for file in files:
-        try:
-            content = safe_open(file, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read ({error}): it is incomplete; copy it again.") from error
-        opened.append(content)
-        tensors |= {name.removeprefix("model."): (content, name) for name in content.keys()}  # noqa: SIM118
-    return tensors, opened
-
-
-def read_tree(source: Path, config: Pi0Config) -> dict[str, np.ndarray]:
-    """Return a model's arrays, float32, by openpi's names, from safetensors.
-
-    Raises:
-        UserError: names the tensors that are missing, or arrays of another shape.
-    """
-    tensors, _ = open_safetensors(source)
-    if TIED_EMBEDDING not in tensors and DROPPED[1] in tensors:
-        tensors[TIED_EMBEDDING] = tensors[DROPPED[1]]
-    rules = rules_for(config)
-    missing = sorted({name for rule in rules for name in rule.sources} - tensors.keys())
-    if missing:
-        more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
-        family = "pi05" if "time_mlp_in.weight" in tensors else "pi0"
-        raise UserError(
-            f"{source} lacks {', '.join(missing[:12])}{more}; it holds weights of {family}, and the run's model is {config.family}."
-        )
-
-    def part(rule: Rule, name: str) -> np.ndarray:
-        content, stored = tensors[name]
-        return rule.forward(np.asarray(content.get_tensor(stored), dtype=np.float32))
-
-    flat = {}
-    for rule in rules:
-        if rule.stack is None:
-            flat[rule.name] = np.ascontiguousarray(part(rule, rule.sources[0]))
-            continue
-        first = part(rule, rule.sources[0])
-        array = np.empty((rule.stack, *((rule.parts,) if rule.parts > 1 else ()), *first.shape), np.float32)
-        places = array.reshape(len(rule.sources), *first.shape)
-        for index, name in enumerate(rule.sources):
-            places[index] = part(rule, name)
-        flat[rule.name] = array
-    check_params(config, flat, Path(source))
-    return flat
-
-
-def from_huggingface(source: Path, folder: Path, config: Pi0Config) -> None:
-    """Write the weights of safetensors as `folder`, the `params` of an openpi checkpoint."""
-    save_params(folder, unflatten(read_tree(source, config)))
-
-
-def to_huggingface(params: Path, file: Path, config: Pi0Config) -> None:
-    """Write the weights of an openpi checkpoint's `params` as one safetensors file, with the names of published base files."""
-    flat = flatten(load_params(params, config, np.float32))
-    rules = rules_for(config)
-    header, end = {}, 0
-    for rule in rules:
-        for name, part in zip(rule.sources, _parts(rule, flat[rule.name]), strict=True):
-            shape = rule.backward(part).shape
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + part.nbytes]}
-            end += part.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "wb") as output:
-        output.write(len(text).to_bytes(8, "little") + text)
-        for rule in rules:
-            for part in _parts(rule, flat.pop(rule.name)):
-                output.write(np.ascontiguousarray(rule.backward(part), "<f4").data)
-    partial.rename(file)
-
-
-def _parts(rule: Rule, array: np.ndarray) -> np.ndarray:
-    """Return the parts of an array, [number of sources, ...]."""
+def part_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of one tensor's share of an array of `shape`."""
     if rule.stack is None:
-        return array[None]
-    return array.reshape(len(rule.sources), *array.shape[2 if rule.parts > 1 else 1 :])
+        return shape
+    return shape[2 if rule.parts > 1 else 1 :]
+
+
+def huggingface_shapes(config: Pi0Config) -> Shapes:
+    """Return the shape of every tensor that a model is made of.
+
+    Raises:
+        UserError: if the model has arrays for which there is none.
+    """
+    shapes, rules = {name: shape for name, (shape, _) in table(config).items()}, rules_for(config)
+    if own := shapes.keys() - {rule.name for rule in rules}:
+        kind = "LoRA arrays" if any("lora" in name for name in own) else "a continuous state token"
+        raise UserError(f"a model with {kind} has no form in safetensors; train without, or keep openpi's layout.")
+    wanted = {}
+    for rule in rules:
+        shape = rule.backward(np.empty(part_shape(rule, shapes[rule.name]), np.int8)).shape
+        wanted |= dict.fromkeys(rule.sources, shape)
+    return wanted
+
+
+def huggingface_sizes(found: Shapes) -> dict[str, int]:
+    """Return what shapes of tensors say of a model, {"paligemma.width": 2048, ...}; heads cannot be told from them."""
+    layer = "layers.0."
+    places = {
+        "vocab_size": (TIED_EMBEDDING, 0),
+        "action_dim": ("action_in_proj.weight", 1),
+        "paligemma.width": (TIED_EMBEDDING, 1),
+        "paligemma.mlp_dim": (f"{LANGUAGE}{layer}mlp.gate_proj.weight", 0),
+        "action_expert.width": ("action_in_proj.weight", 0),
+        "action_expert.mlp_dim": (f"{EXPERT}{layer}mlp.gate_proj.weight", 0),
+        "siglip.width": (f"{VISION}embeddings.patch_embedding.weight", 0),
+        "siglip.patch_size": (f"{VISION}embeddings.patch_embedding.weight", 2),
+        "siglip.mlp_dim": (f"{VISION}encoder.{layer}mlp.fc1.bias", 0),
+    }
+    sizes = measured(places, found)
+    for key, prefix in (("paligemma", LANGUAGE), ("action_expert", EXPERT), ("siglip", f"{VISION}encoder.")):
+        prefix = f"{prefix}layers."
+        if layers := {name.removeprefix(prefix).split(".")[0] for name in found if name.startswith(prefix)}:
+            sizes[f"{key}.depth"] = len(layers)
+    return sizes
+
+
+def without_copies(tensors: dict[str, StoredTensor], source: Path) -> dict[str, StoredTensor]:
+    """Return the tensors with the token embedding once, by the name of PaliGemma's head, and without the expert's unused head.
+
+    Raises:
+        UserError: if there are two embeddings that differ.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if name != EXPERT_HEAD}
+    embedding = tensors.pop(EMBEDDING, None)
+    if embedding is None:
+        return tensors
+    head = tensors.setdefault(TIED_EMBEDDING, embedding)
+    if head is not embedding and not (head.shape == embedding.shape and np.array_equal(head.read(), embedding.read())):
+        raise UserError(f"{source} holds a {TIED_EMBEDDING} that is not {EMBEDDING}; in Pi0 and Pi0.5 they are one array.")
+    return tensors
+
+
+def open_huggingface(source: Path, config: Pi0Config, dtype: np.dtype | None = None) -> dict[str, LazyArray]:
+    """Return a model's arrays by openpi's names, none of them read yet, from safetensors.
+
+    Args:
+        source: a file, an index or a folder.
+        dtype: of the arrays; None for the types in which they are stored.
+
+    Raises:
+        UserError: names files that are missing or damaged, and arrays that are missing, left over or misshapen.
+    """
+    tensors = without_copies(open_tensors(source), source)
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    check_arrays(config, huggingface_shapes(config), found, source, huggingface_sizes(found))
+    shapes = table(config)
+    return {
+        rule.name: _joined(rule, shapes[rule.name][0], [tensors[name] for name in rule.sources], dtype)
+        for rule in rules_for(config)
+    }
+
+
+def _joined(rule: Rule, shape: tuple[int, ...], tensors: list[StoredTensor], dtype: np.dtype | None) -> LazyArray:
+    """Return the array of `shape` that a rule makes of its tensors."""
+    if dtype is None:
+        # The tensors of an array that differ in type are kept in one that holds both.
+        dtype = np.result_type(*{tensor.dtype for tensor in tensors})
+
+    def read() -> np.ndarray:
+        if rule.stack is None:
+            return np.ascontiguousarray(rule.forward(tensors[0].read()), dtype)
+        array = np.empty(shape, dtype)
+        for place, tensor in zip(array.reshape(len(tensors), *part_shape(rule, shape)), tensors, strict=True):
+            place[...] = rule.forward(tensor.read())
+        return array
+
+    return LazyArray(shape, dtype, read)
+
+
+def from_huggingface(source: Path, folder: Path, config: Pi0Config, dtype: np.dtype | None = FLOAT32) -> None:
+    """Write the weights of safetensors as `folder`, the `params` of an openpi checkpoint.
+
+    Args:
+        source: a file, an index or a folder.
+        dtype: of the arrays; None for the types in which they are stored.
+
+    Raises:
+        UserError: as `open_huggingface`, or if `folder` exists.
+    """
+    save_lazily(folder, open_huggingface(source, config, dtype))
+
+
+def to_huggingface(params: Path, file: Path, config: Pi0Config, dtype: np.dtype | None = None) -> None:
+    """Write the weights of an openpi checkpoint's `params` as one safetensors file, with the names of published base files.
+
+    Args:
+        dtype: of the tensors; None for the types in which the arrays are stored.
+
+    Raises:
+        UserError: if the weights cannot be read or are of another model, or if `file` exists.
+    """
+    shapes = huggingface_shapes(config)
+    arrays, rules = open_params(params, config), rules_for(config)
+    dtypes = {name: dtype or arrays[rule.name].dtype for rule in rules for name in rule.sources}
+    described = {name: (dtypes[name], shape) for name, shape in shapes.items()}
+    head = (dtypes[TIED_EMBEDDING], (config.vocab_size, config.action_expert.width))
+
+    def values() -> Iterator[np.ndarray]:
+        for rule in rules:
+            array = arrays[rule.name].read()
+            for part in array.reshape(len(rule.sources), *part_shape(rule, array.shape)):
+                yield rule.backward(part)
+            del array, part  # before the next is read
+        yield np.zeros(head[1], head[0])
+
+    write_tensors(file, {**described, EXPERT_HEAD: head}, values())
+
+
+def config_of(checkpoint: Path | None, variant: str | None, overrides: dict) -> Pi0Config:
+    """Return the model that the options name, or else the one that a checkpoint of demo2eval says it is."""
+    if checkpoint is not None and variant is None and any(checkpoint.glob("assets/**/policy.json")):
+        from demo2eval.description import read_description
+
+        return read_description(checkpoint).config
+    return make_config(variant or "pi05", **overrides)
+
+
+def _json_object(text: str) -> dict:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from error
 
 
 def main() -> None:
     """Convert in one direction."""
-    from demo2eval.pi0.config import make_config
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from-safetensors", type=Path, help="file or folder to read")
+    direction.add_argument("--from-safetensors", type=Path, help="file, index or folder to read")
     direction.add_argument("--to-safetensors", type=Path, help="checkpoint, a folder with params/, to read")
-    parser.add_argument("--variant", default="pi05", help="pi05 or pi0 (default: pi05)")
+    parser.add_argument("--variant", help="model variant, such as pi0 (default: what the checkpoint says it is, or pi05)")
+    parser.add_argument("--model-overrides", type=_json_object, default={}, help="fields of Pi0Config that differ, as JSON")
+    parser.add_argument("--dtype", choices=DTYPES, default="stored", help="type of the values written (default: stored)")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder or safetensors file to write")
     arguments = parser.parse_args()
-    config = make_config(arguments.variant)
+    config = config_of(arguments.to_safetensors, arguments.variant, arguments.model_overrides)
+    dtype = DTYPES[arguments.dtype]
     if arguments.from_safetensors:
-        from_huggingface(arguments.from_safetensors, arguments.output / "params", config)
+        from_huggingface(arguments.from_safetensors, arguments.output / "params", config, dtype)
     else:
-        to_huggingface(arguments.to_safetensors / "params", arguments.output, config)
+        to_huggingface(arguments.to_safetensors / "params", arguments.output, config, dtype)
 
 
 if __name__ == "__main__":
