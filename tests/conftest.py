@@ -28,6 +28,12 @@ def pushcube_demos() -> Path:
 
 
 @pytest.fixture(scope="session")
+def stackcube_demos() -> Path:
+    """Manifest of a shard of two planned StackCube demonstrations, by the Panda with a camera on its hand."""
+    return FIXTURES / "stackcube" / "manifest.json"
+
+
+@pytest.fixture(scope="session")
 def pushcube_replay(pushcube_demos, tmp_path_factory) -> Path:
     """Manifest of the three demonstrations replayed with pictures at every sixth step."""
     from demo2eval.replay import Settings, replay

@@ -108,6 +108,22 @@ def test_each_contradiction_is_a_sentence(config, section, change, expected):
     assert expected in message(config)
 
 
+@pytest.mark.parametrize("run", ["pickcube", "pushcube", "pullcube", "placesphere"])
+def test_a_camera_that_the_robot_lacks_names_those_there_are(config, run):
+    config["runs"][run]["replay"] = {"cameras": {"base_0_rgb": "base_camera", "left_wrist_0_rgb": "hand_camera"}}
+    said = message(config, run)
+    assert f"run {run!r}" in said
+    assert "'hand_camera'" in said
+    assert "it has base_camera." in said
+
+
+def test_an_unknown_camera_names_those_there_are(config):
+    config["runs"]["stackcube"]["replay"] = {"cameras": {"base_0_rgb": "top_camera"}}
+    said = message(config, "stackcube")
+    assert "'top_camera'" in said
+    assert "it has base_camera, hand_camera." in said
+
+
 def test_a_hidden_goal_must_reach_the_model(config):
     config["runs"]["pickcube"]["dataset"] = {"state": ["qpos"]}
     assert "goal_pos" in message(config, "pickcube")

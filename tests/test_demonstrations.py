@@ -131,6 +131,34 @@ def test_another_task(pair):
     assert "PushCube-v1" in refused(pair, "PullCube-v1")
 
 
+def test_another_robot_in_the_states(pair):
+    with h5py.File(pair, "a") as content:
+        states = content["traj_1/env_states/articulations"]
+        states.move("panda", "panda_wristcam")
+    assert "traj_1: its env_states are of the robot panda_wristcam, but the task is evaluated with panda" in refused(pair)
+    with h5py.File(pair, "a") as content:
+        del content["traj_1/env_states/articulations"]
+    assert "traj_1: its env_states are of the robot (none)" in refused(pair)
+
+
+@pytest.mark.parametrize("recorded", ["panda_wristcam", ["panda_wristcam"], "fetch"])
+def test_another_robot_in_the_json(pair, recorded):
+    description = json.loads(pair.with_suffix(".json").read_text())
+    description["env_info"]["env_kwargs"]["robot_uids"] = recorded
+    pair.with_suffix(".json").write_text(json.dumps(description))
+    said = refused(pair)
+    assert f"recorded with the robot {recorded}" in said
+    assert "record it with robot_uids='panda'" in said
+
+
+@pytest.mark.parametrize("kwargs", [None, {}, {"robot_uids": ["panda"]}])
+def test_a_json_need_not_say_which_robot(pair, kwargs):
+    description = json.loads(pair.with_suffix(".json").read_text())
+    description["env_info"]["env_kwargs"] = kwargs
+    pair.with_suffix(".json").write_text(json.dumps(description))
+    assert len(read_demonstrations(pair, "PushCube-v1")[0]) == 3
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"episodes": []}'])
 def test_a_missing_or_broken_json(pair, content):
     pair.with_suffix(".json").unlink()

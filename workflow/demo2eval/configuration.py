@@ -12,7 +12,7 @@ import yaml
 
 from demo2eval.errors import UserError
 from demo2eval.maniskill.observation import check_state_parts
-from demo2eval.maniskill.tasks import find_task
+from demo2eval.maniskill.tasks import check_cameras, find_task
 
 SCHEMA = Path(__file__).resolve().parent.parent / "schemas" / "config.schema.yaml"
 SECTIONS = ("demos", "replay", "dataset", "model", "actions", "training", "evaluation")
@@ -93,7 +93,11 @@ def run_settings(config: Mapping, run: str) -> dict:
     settings = _overlay(_overlay(_overlay({}, config["defaults"]), task), own)
     settings["task"] = own["task"]
     settings["prompt"] = own.get("prompt", task["prompt"])
-    check_state_parts(settings["task"], settings["dataset"]["state"])
+    try:
+        check_state_parts(settings["task"], settings["dataset"]["state"])
+        check_cameras(settings["task"], settings["replay"]["cameras"].values())
+    except UserError as error:
+        raise UserError(f"run {run!r}: {error}") from None
     for problem in problems(settings):
         raise UserError(f"run {run!r}: {problem}")
     return settings

@@ -90,6 +90,7 @@ def read_demonstrations(file: Path, task: str) -> tuple[list[Demonstration], dic
     description = read_description(Path(file))
     if description["env_info"]["env_id"] != task:
         raise UserError(f"{file} holds demonstrations of {description['env_info']['env_id']}, not of {task}; set the run's task.")
+    check_robot(Path(file), task, description)
     findings: list[Finding] = []
     demonstrations: list[Demonstration] = []
     try:
@@ -98,7 +99,7 @@ def read_demonstrations(file: Path, task: str) -> tuple[list[Demonstration], dic
         raise UserError(f"{file} cannot be opened ({error}): it is cut off or not HDF5; copy or record it again.") from None
     with content:
         for episode in description["episodes"]:
-            found, demonstration = read_one(content, Path(file), episode)
+            found, demonstration = read_one(content, Path(file), episode, find_task(task).robot)
             findings.extend(found)
             if demonstration is not None:
                 demonstrations.append(demonstration)
@@ -109,7 +110,18 @@ def read_demonstrations(file: Path, task: str) -> tuple[list[Demonstration], dic
     return demonstrations, description
 
 
-def read_one(content, file: Path, episode: dict) -> tuple[list[Finding], Demonstration | None]:
+def check_robot(file: Path, task: str, description: dict) -> None:
+    """Raise a UserError if the .json says that another robot than the task's was recorded; many files do not say it."""
+    robot = find_task(task).robot
+    recorded = (description["env_info"].get("env_kwargs") or {}).get("robot_uids", robot)
+    if recorded not in (robot, [robot]):
+        raise UserError(
+            f"{file.with_suffix('.json')} says that {task} was recorded with the robot {recorded}, but it is evaluated with {robot}, "
+            f"which starts in another pose; record it with robot_uids={robot!r}."
+        )
+
+
+def read_one(content, file: Path, episode: dict, robot: str) -> tuple[list[Finding], Demonstration | None]:
     """Read one trajectory; return what is wrong with it, or the demonstration."""
     name = f"traj_{episode.get('episode_id')}"
 
@@ -136,7 +148,7 @@ def read_one(content, file: Path, episode: dict) -> tuple[list[Finding], Demonst
         return wrong(f"cannot be read ({error}): a part of the file is damaged")
     except (KeyError, TypeError, IndexError) as error:
         return wrong(f"its entry in the .json is incomplete ({error})")
-    return [Finding(file, name, reason) for reason in faults(demonstration)], demonstration
+    return [Finding(file, name, reason) for reason in faults(demonstration, robot)], demonstration
 
 
 def datasets(group, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
@@ -148,8 +160,8 @@ def datasets(group, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
             yield from datasets(item, f"{prefix}{key}/")
 
 
-def faults(demonstration: Demonstration) -> Iterator[str]:
-    """Yield what is wrong with one demonstration, each in a few words."""
+def faults(demonstration: Demonstration, robot: str) -> Iterator[str]:
+    """Yield what is wrong with one demonstration of a task that is played by `robot`, each in a few words."""
     actions = demonstration.actions
     width = ACTION_WIDTH.get(demonstration.control_mode)
     if actions.ndim != 2 or actions.dtype != np.float32:
@@ -165,6 +177,9 @@ def faults(demonstration: Demonstration) -> Iterator[str]:
         yield f"its actions reach {np.abs(actions).max():.3g}, outside the [-1, 1] of {demonstration.control_mode}"
     elif demonstration.control_mode == "pd_joint_pos" and not actions.any(axis=1).all():
         yield f"its actions are all zero at step {int(np.argmin(actions.any(axis=1)))}: a block of the file was lost"
+    robots = [key.removeprefix("articulations/") for key in demonstration.states if key.startswith("articulations/")]
+    if robots != [robot]:
+        yield f"its env_states are of the robot {', '.join(robots) or '(none)'}, but the task is evaluated with {robot}"
     for key, values in demonstration.states.items():
         if len(values) != len(actions) + 1:
             yield f"env_states/{key} has {len(values)} steps for {len(actions)} actions; it should have one more than actions"

@@ -77,9 +77,8 @@ def plan_trajectories(settings: Settings, folder: Path) -> dict:
         from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
         from mani_skill.utils.wrappers.record import RecordEpisode
 
-        robot = find_task(settings.task).robot
         environment = RecordEpisode(
-            make_environment(settings.task, control_mode=CONTROL_MODE, max_episode_steps=PLANNER_STEPS, robot=robot),
+            make_environment(settings.task, control_mode=CONTROL_MODE, max_episode_steps=PLANNER_STEPS),
             output_dir=str(folder),
             trajectory_name="trajectory",
             save_video=False,
@@ -112,6 +111,7 @@ def plan_trajectories(settings: Settings, folder: Path) -> dict:
 
 def plan(settings: Settings, output: Path) -> None:
     """Plan one shard and write its manifest."""
+    find_task(settings.task)
     with making(output, stage="plan", module=__spec__.name, settings=settings) as work:
         if work.finished:
             return

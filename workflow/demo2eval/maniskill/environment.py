@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from demo2eval.errors import UserError
-from demo2eval.maniskill.tasks import STATE_DIMS, find_task
+from demo2eval.maniskill.tasks import STATE_DIMS, check_cameras, find_task
 
 CONTROL_FREQUENCY = 20
 """Control steps a second, of all six tasks; also the frame rate of the datasets."""
@@ -45,10 +45,9 @@ def make_environment(
     cameras: Sequence[str] = (),
     image_size: int = 128,
     max_episode_steps: int | None = None,
-    robot: str | None = None,
     **kwargs,
 ):
-    """Make a task's environment, a `gymnasium.Env` of ManiSkill.
+    """Make a task's environment, a `gymnasium.Env` of ManiSkill, with the task's own robot.
 
     Args:
         task: ManiSkill id, one of the six.
@@ -56,19 +55,17 @@ def make_environment(
         cameras: those that `look` shall return.
         image_size: side of the pictures, pixels.
         max_episode_steps: after which an episode is truncated; None leaves ManiSkill's own limit, shorter than demonstrations.
-        robot: by default the plain Panda, or the one with a camera on its hand if `hand_camera` is asked for or the task needs it.
         kwargs: passed to `gymnasium.make`.
 
     Raises:
-        UserError: if the task is unknown or there is no Vulkan device.
+        UserError: if the task is unknown or lacks a camera, or there is no Vulkan device.
     """
-    find_task(task)
+    robot = find_task(task).robot
+    check_cameras(task, cameras)
     _quiet()
     with contextlib.redirect_stderr(io.StringIO()):
         import gymnasium
         import mani_skill.envs  # noqa: F401  (registers the tasks)
-    if robot is None:
-        robot = "panda_wristcam" if "hand_camera" in cameras or task == "PegInsertionSide-v1" else "panda"
     try:
         environment = gymnasium.make(
             task,

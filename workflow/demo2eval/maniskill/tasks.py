@@ -1,6 +1,7 @@
 """The six tasks, with the facts about them that a configuration or an evaluation can get wrong."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from demo2eval.errors import UserError
@@ -15,7 +16,8 @@ class Task:
         state_parts: what the state vector can be made of.
         hidden_goal: the part of the state that holds the goal, where no camera shows it; None where one does.
         longest_demonstration: control steps of the longest demonstration that the motion planner was seen to make.
-        robot: ManiSkill's default robot for the task, with which demonstrations are planned.
+        robot: ManiSkill's default robot for the task. All of its environments have it, from planning to evaluation: the two Pandas
+            start with their last joint turned by 90 degrees from each other.
     """
 
     name: str
@@ -24,7 +26,13 @@ class Task:
     longest_demonstration: int
     robot: str
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Cameras that a policy can be given: the task's own, and those of its robot."""
+        return ("base_camera", *ROBOT_CAMERAS[self.robot])
 
+
+ROBOT_CAMERAS = {"panda": (), "panda_wristcam": ("hand_camera",)}
 TASKS = {
     task.name: task
     for task in (
@@ -32,8 +40,8 @@ TASKS = {
         Task("PickCube-v1", ("qpos", "tcp_pose", "goal_pos"), "goal_pos", 88, "panda"),
         Task("PushCube-v1", ("qpos", "tcp_pose"), None, 77, "panda"),
         Task("PullCube-v1", ("qpos", "tcp_pose", "goal_pos"), None, 79, "panda"),
-        Task("PlaceSphere-v1", ("qpos", "tcp_pose", "bin_pos"), None, 128, "panda"),
-        Task("PegInsertionSide-v1", ("qpos", "tcp_pose"), None, 193, "panda_wristcam"),
+        Task("PlaceSphere-v1", ("qpos", "tcp_pose", "bin_pos"), None, 130, "panda"),
+        Task("PegInsertionSide-v1", ("qpos", "tcp_pose"), None, 205, "panda_wristcam"),
     )
 }
 STATE_DIMS = {"qpos": 9, "tcp_pose": 7, "goal_pos": 3, "bin_pos": 3}
@@ -50,3 +58,13 @@ def find_task(name: str) -> Task:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}.{hint}")
     return TASKS[name]
+
+
+def check_cameras(task: str, cameras: Iterable[str]) -> None:
+    """Raise a UserError that names a camera which the task or its robot does not have."""
+    known = find_task(task).cameras
+    for camera in cameras:
+        if camera not in known:
+            close = difflib.get_close_matches(camera, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"replay.cameras of {task} holds {camera!r}, which the task lacks; it has {', '.join(known)}.{hint}")
