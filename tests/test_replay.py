@@ -1,5 +1,8 @@
 """Replay: the actions of the demonstrations, and the pictures that a robot doing them would have seen."""
 
+import dataclasses
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pytest
@@ -8,7 +11,14 @@ from demo2eval.demonstrations import read_demonstrations
 from demo2eval.errors import UserError
 from demo2eval.manifest import read_manifest
 from demo2eval.maniskill.environment import look, make_environment
-from demo2eval.replay import Settings, look_steps, replay
+from demo2eval.maniskill.worker import EpisodeSettings, make_simulator, play_episode
+from demo2eval.replay import Settings, check_states, converted, flatten_state, look_steps, observe, replay
+
+
+def qpos_of(demonstration) -> np.ndarray:
+    """Return the joints that were recorded, [T + 1, 9]; pose and velocity of the base, 13 numbers, come before them."""
+    (states,) = [values for name, values in demonstration.states.items() if name.startswith("articulations/")]
+    return states[:, 13:22]
 
 
 def test_actions_are_bit_for_bit_those_of_the_demonstrations(pushcube_demos, pushcube_replay):
@@ -47,16 +57,94 @@ def test_looks_cover_every_phase():
         assert set(np.concatenate(steps)) == set(range(length + 1))
 
 
-def test_another_control_mode_is_converted_and_succeeds(pushcube_demos, tmp_path):
-    output = tmp_path / "shard-000" / "manifest.json"
+def test_the_robot_is_the_tasks_whatever_cameras_are_asked_for(stackcube_demos):
+    """StackCube's robot has a camera on its hand and starts with its last joint turned, also where nobody uses that camera."""
+    demonstrations, _ = read_demonstrations(stackcube_demos.parent / "trajectory.h5", "StackCube-v1")
+    settings = EpisodeSettings(
+        task="StackCube-v1",
+        control_mode="pd_joint_delta_pos",
+        cameras=("base_camera",),
+        image_size=32,
+        state=("qpos",),
+        max_episode_steps=2,
+        replan_interval=2,
+    )
+    simulator = make_simulator(settings)
+    for demonstration in demonstrations:
+        parts, images = observe(simulator, demonstration, np.array([0, 50]))
+        np.testing.assert_array_equal(parts["qpos"], qpos_of(demonstration))
+        assert {camera: frames.shape for camera, frames in images.items()} == {"base_camera": (2, 32, 32, 3)}
+
+    def ask(look, seen):
+        starts.append(seen["state"])
+        return np.zeros((2, 8), np.float32)
+
+    starts = []
+    for seed in [*(demonstration.seed for demonstration in demonstrations), 0, 1]:
+        play_episode(simulator, settings, seed, ask)
+    for start, demonstration in zip(starts, demonstrations, strict=False):
+        np.testing.assert_array_equal(start, qpos_of(demonstration)[0])
+    # The task's noise is 0.02 rad of standard deviation; the other Panda's last joint is 1.57 rad away.
+    for start in starts:
+        assert np.abs(start - qpos_of(demonstrations[0])[0]).max() < 0.15
+
+
+def test_a_camera_that_the_robot_lacks_is_a_sentence(pushcube_demos, tmp_path):
+    settings = Settings(task="PushCube-v1", cameras=["hand_camera"])
+    with pytest.raises(UserError, match=r"PushCube-v1 holds 'hand_camera'.*it has base_camera"):
+        replay(settings, pushcube_demos, tmp_path / "shard-000" / "manifest.json")
+
+
+def test_states_of_other_things_are_a_sentence(pushcube_demos):
+    demonstrations, _ = read_demonstrations(pushcube_demos.parent / "trajectory.h5", "PushCube-v1")
+    environment = make_environment("PushCube-v1", control_mode="pd_joint_pos")
+    check_states(environment, demonstrations[0], Path("a.h5"))
+    states = dict(demonstrations[0].states)
+    cube = states.pop("actors/cube")
+    for changed in (states, states | {"actors/cube": cube[:, :7]}, states | {"actors/cube": cube, "actors/cubeA": cube}):
+        with pytest.raises(UserError, match=r"a.h5 traj_0: env_states/actors/cube.* record the demonstrations again"):
+            check_states(environment, dataclasses.replace(demonstrations[0], states=changed), Path("a.h5"))
+
+
+@pytest.mark.parametrize("mode", ["pd_joint_delta_pos", "pd_ee_delta_pose"])
+def test_a_conversion_does_not_depend_on_the_one_before(stackcube_demos, mode):
+    first, second = read_demonstrations(stackcube_demos.parent / "trajectory.h5", "StackCube-v1")[0]
+
+    def environments():
+        return [make_environment("StackCube-v1", control_mode=one, max_episode_steps=400) for one in ("pd_joint_pos", mode)]
+
+    alone = converted(second, *environments())
+    source, target = environments()
+    converted(first, source, target)
+    after = converted(second, source, target)
+    assert alone is not None
+    np.testing.assert_array_equal(after.actions, alone.actions)
+    assert after.states.keys() == alone.states.keys() == second.states.keys()
+    for name, values in alone.states.items():
+        np.testing.assert_array_equal(after.states[name], values)
+    # What was written is what an episode of evaluation is.
+    target.reset(seed=second.seed, options={"reconfigure": True})
+    for action in alone.actions:
+        target.step(action)
+    for name, values in flatten_state(target.unwrapped.get_state_dict()):
+        np.testing.assert_array_equal(values, alone.states[name][-1])
+
+
+@pytest.fixture(scope="module")
+def converted_shard(pushcube_demos, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("converted") / "shard-000" / "manifest.json"
     settings = Settings(
         task="PushCube-v1", cameras=["base_camera"], render_every=60, control_mode="pd_ee_delta_pose", image_size=32
     )
     replay(settings, pushcube_demos, output)
-    facts = read_manifest(output)["facts"]
+    return output
+
+
+def test_another_control_mode_is_converted_and_succeeds(converted_shard):
+    facts = read_manifest(converted_shard)["facts"]
     assert facts["demonstrations"] + len(facts["lost_in_conversion"]) == 3
     assert facts["demonstrations"] >= 2
-    demonstrations, _ = read_demonstrations(output.parent / "trajectory.h5", "PushCube-v1")
+    demonstrations, _ = read_demonstrations(converted_shard.parent / "trajectory.h5", "PushCube-v1")
     assert all(demonstration.actions.shape[1] == 7 and demonstration.success[-1] for demonstration in demonstrations)
     # What was written is what happens: the new actions, executed, end in success.
     environment = make_environment("PushCube-v1", control_mode="pd_ee_delta_pose", max_episode_steps=400)
@@ -66,9 +154,7 @@ def test_another_control_mode_is_converted_and_succeeds(pushcube_demos, tmp_path
     assert bool(information["success"])
 
 
-def test_demonstrations_in_another_mode_cannot_be_converted_back(pushcube_demos, tmp_path):
-    converted = tmp_path / "converted" / "manifest.json"
-    settings = {"task": "PushCube-v1", "cameras": ["base_camera"], "render_every": 100, "image_size": 32}
-    replay(Settings(control_mode="pd_joint_delta_pos", **settings), pushcube_demos, converted)
-    with pytest.raises(UserError, match="pd_joint_delta_pos"):
-        replay(Settings(control_mode="pd_joint_pos", **settings), converted, tmp_path / "back" / "manifest.json")
+def test_demonstrations_in_another_mode_cannot_be_converted_back(converted_shard, tmp_path):
+    settings = Settings(task="PushCube-v1", cameras=["base_camera"], control_mode="pd_joint_pos")
+    with pytest.raises(UserError, match="pd_ee_delta_pose"):
+        replay(settings, converted_shard, tmp_path / "back" / "manifest.json")
