@@ -1,7 +1,10 @@
 """Manifests: finished work is adopted, half-done work never is."""
 
+import contextlib
 import json
 import multiprocessing
+import os
+import signal
 import time
 
 import pytest
@@ -74,6 +77,53 @@ def test_partial_files_survive_and_those_of_other_settings_are_removed(tmp_path)
     with making(output, stage="test", module=MODULE, settings={"a": 2}) as work:
         assert list(work.partial.iterdir()) == []
     assert len(list(tmp_path.glob(".manifest.partial-*"))) == 1
+
+
+def test_the_manifest_of_other_work_is_gone_before_its_payload_is_touched(tmp_path):
+    output = tmp_path / "manifest.json"
+    make(output, {"a": 1})
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        making(output, stage="test", module=MODULE, settings={"a": 2}) as work,
+    ):
+        assert not output.exists()
+        assert not work.done_file.exists()
+        (work.partial / "payload.txt").write_text("PAYLOAD")
+        (work.partial / "payload.txt").replace(work.folder / "payload.txt")
+        raise KeyboardInterrupt
+    assert not output.exists()
+    # The new payload is as long as the old one, and still nobody takes it for that.
+    assert make(output, {"a": 1})
+    assert (tmp_path / "payload.txt").read_text() == "payload"
+
+
+def _killed(output):
+    with making(output, stage="test", module=MODULE, settings={"a": 2}) as work:
+        (work.folder / "payload.txt").write_text("PAYLOAD")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_kill_while_other_work_is_replaced_leaves_no_manifest(tmp_path):
+    output = tmp_path / "manifest.json"
+    make(output, {"a": 1})
+    process = multiprocessing.get_context("spawn").Process(target=_killed, args=(output,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "payload.txt").read_text() == "PAYLOAD"
+    assert not output.exists()
+    assert make(output, {"a": 1})
+    assert (tmp_path / "payload.txt").read_text() == "payload"
+
+
+def test_a_refusal_leaves_other_work_as_it_was(tmp_path):
+    output = tmp_path / "manifest.json"
+    make(output, {"a": 1})
+    before = output.read_bytes(), output.stat().st_mtime_ns
+    with pytest.raises(UserError), making(output, stage="test", module=MODULE, settings={"a": 2}):
+        raise UserError("these settings are refused.")
+    assert (output.read_bytes(), output.stat().st_mtime_ns) == before
+    assert not make(output, {"a": 1})
 
 
 def _slow(output, started):

@@ -9,7 +9,8 @@ A stage works like this:
         work.finish(files=[...], episodes=50)
 
 `making` holds a lock, so a duplicate of a running job waits and then adopts the finished work; work of the same fingerprint that
-was finished, but whose manifest was lost (a kill at the last instant, a Snakemake restart), is adopted as well.
+was finished, but whose manifest was lost (a kill at the last instant, a Snakemake restart), is adopted as well. The manifest of other
+work is gone before the body begins, so whatever payload a kill leaves never lies beside a manifest of something else.
 """
 
 import dataclasses
@@ -181,6 +182,39 @@ class Work:
         self.finished = True
         return True
 
+    @contextmanager
+    def withdrawing_other_work(self) -> Iterator[None]:
+        """Take away the manifest of other work while the body replaces its payload.
+
+        It comes back as it was if the body raises before it has touched that payload.
+        """
+        withdrawn = {path: (path.read_bytes(), path.stat()) for path in (self.output, self.done_file) if path.is_file()}
+        before = self._state_of([content for content, _ in withdrawn.values()])
+        for path in withdrawn:
+            path.unlink()
+        try:
+            yield
+        except BaseException:
+            if before and not self.finished and before == self._state_of([content for content, _ in withdrawn.values()]):
+                for path, (content, status) in withdrawn.items():
+                    write_atomic(path, content.decode())
+                    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+            raise
+
+    def _state_of(self, manifests: Iterable[bytes]) -> dict[str, tuple | None]:
+        """Return {name: what changes when the file is touched, None where there is none} of all files that manifests list."""
+        states = {}
+        for manifest in manifests:
+            try:
+                names = json.loads(manifest)["files"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            for name in names:
+                path = self.folder / name
+                status = path.stat() if path.exists() else None
+                states[name] = status and (status.st_ino, status.st_size, status.st_mtime_ns)
+        return states
+
     def finish(self, files: Iterable[Path], digest: str | None = None, **facts) -> None:
         """Write the manifest.
 
@@ -248,4 +282,7 @@ def making(
         work.remove_stale_partials()
         if work.adopt():
             print(f"{output}: finished work with the same settings, code and inputs is there; adopted.")
-        yield work
+            yield work
+            return
+        with work.withdrawing_other_work():
+            yield work
