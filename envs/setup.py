@@ -32,8 +32,7 @@ UV_MINIMUM = (0, 7)
 PYTHON = "3.12"
 PYTHON_NAME = "python" + PYTHON
 MESA_MAJOR = 25
-# OpenCV, which the simulator imports, needs the last two.
-MESA_PACKAGES = ["mesa-vulkan-drivers", "libvulkan1", "libgl1", "libglib2.0-0"]
+MESA_PACKAGES = ["mesa-vulkan-drivers", "libvulkan1"]
 
 
 class SetupError(Exception):
@@ -157,17 +156,23 @@ def sync(uv, folder, *options):
     content = b"".join((folder / name).read_bytes() for name in ("uv.lock", "pyproject.toml"))
     stamp_text = hashlib.sha256(content + repr(options).encode()).hexdigest()
     stamp = folder / ".venv" / ".demo2eval-stamp"
+    command = [uv, "sync", "--locked", "--quiet", "--project", str(folder), *options]
+    environment = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")}
+    # The stamp knows whether uv came to its end, and uv whether anything has gone since then; a user's own additions may stay.
     if stamp.exists() and stamp.read_text() == stamp_text and (folder / ".venv/bin/python").exists():
-        return
+        asked = subprocess.run([*command, "--check", "--inexact", "--offline"], env=environment, stderr=subprocess.DEVNULL)
+        if asked.returncode == 0:
+            return
     python = find_python()
     # What is half changed is not what the stamp says, even if the lock file goes back to what it was.
     with contextlib.suppress(FileNotFoundError):
         stamp.unlink()
     started = time.time()
     say("making {} with {}".format(folder.relative_to(ROOT) / ".venv", python or "a Python 3.12 that uv downloads"))
-    command = [uv, "sync", "--locked", "--quiet", "--project", str(folder), "--python", python or PYTHON]
-    environment = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")}
-    if subprocess.run([*command, *options], env=environment).returncode:
+    command += ["--python", python or PYTHON]
+    # An environment that was made when opencv-python was locked too would lose the files that both unpack.
+    command += ["--reinstall-package", "opencv-python-headless"]
+    if subprocess.run(command, env=environment).returncode:
         raise SetupError(
             f"uv could not make {folder.relative_to(ROOT)}/.venv; see its words above. Where no Python {PYTHON} is on the PATH, uv "
             f"downloads one: where it may not, install Python {PYTHON}."
@@ -180,8 +185,8 @@ def sync(uv, folder, *options):
 
 
 def renders(device):
-    """Whether SAPIEN can render on a device, "cuda" or "cpu", and OpenCV loads; asked of the environment that was just made."""
-    code = f"import cv2, sapien; sapien.render.RenderSystem(sapien.Device({device!r}))"
+    """Whether SAPIEN can render on a device, "cuda" or "cpu"; asked of the environment that was just made."""
+    code = f"import sapien; sapien.render.RenderSystem(sapien.Device({device!r}))"
     command = [str(ROOT / ".venv/bin/python"), "-c", code]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
@@ -314,7 +319,7 @@ def advice(name, version):
     if name in ("debian", "ubuntu"):
         return f"sudo apt-get install -y {' '.join(MESA_PACKAGES)} (a release that has Mesa {MESA_MAJOR})"
     if name in ("fedora", "rhel", "rocky", "almalinux"):
-        return "sudo dnf install -y mesa-vulkan-drivers vulkan-loader mesa-libGL glib2"
+        return "sudo dnf install -y mesa-vulkan-drivers vulkan-loader"
     return f"your system's package manager, for Mesa's Vulkan drivers (lavapipe) {MESA_MAJOR} or later"
 
 
@@ -335,8 +340,8 @@ def set_up_vulkan(gpu):
     works = renders(device)
     if not works and gpu:
         raise SetupError(
-            "there is a GPU but its driver does not render; install the libraries that it needs (sudo apt-get install -y libvulkan1 "
-            "libgl1 libglib2.0-0), and in a container set NVIDIA_DRIVER_CAPABILITIES=all."
+            "there is a GPU but its driver does not render; install the Vulkan loader (sudo apt-get install -y libvulkan1), and in a "
+            "container set NVIDIA_DRIVER_CAPABILITIES=all."
         )
     release = Path("/etc/os-release")
     system = parse_os_release(release.read_text()) if release.exists() else ("", "")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -86,10 +87,33 @@ def test_a_python_that_does_not_run_is_passed_over(setup_script, tmp_path, monke
 
 
 def test_a_made_environment_is_left_alone(setup_script, project):
-    mark = project / ".venv" / "pyvenv.cfg"
-    before = mark.stat().st_mtime_ns
-    setup_script.sync("/does/not/exist/uv", project)
-    assert mark.stat().st_mtime_ns == before
+    before = [(path, path.stat().st_mtime_ns) for path in sorted((project / ".venv").rglob("*"))]
+    setup_script.sync(setup_script.find_uv(), project)
+    assert [(path, path.stat().st_mtime_ns) for path in sorted((project / ".venv").rglob("*"))] == before
+
+
+def test_what_a_user_adds_to_an_environment_stays(setup_script, project):
+    added = project / ".venv/lib/python3.12/site-packages/added-1.0.dist-info"
+    added.mkdir()
+    (added / "METADATA").write_text("Metadata-Version: 2.1\nName: added\nVersion: 1.0\n")
+    (added / "RECORD").write_text("added-1.0.dist-info/METADATA,,\nadded-1.0.dist-info/RECORD,,\n")
+    setup_script.sync(setup_script.find_uv(), project)
+    assert added.exists()
+
+
+@pytest.mark.parametrize("removed", [".venv", ".venv/bin"])
+def test_a_removed_environment_is_made_again(setup_script, project, removed):
+    shutil.rmtree(project / removed)
+    setup_script.sync(setup_script.find_uv(), project)
+    assert subprocess.run([project / ".venv/bin/python", "-c", ""]).returncode == 0
+
+
+def test_no_environment_needs_a_display():
+    """OpenCV with windows needs libGL, which bare servers lack; it would also overwrite files of the one without."""
+    for folder in (SCRIPT.parent.parent, SCRIPT.parent / "planning"):
+        locked = {package["name"] for package in tomllib.loads((folder / "uv.lock").read_text())["package"]}
+        assert "opencv-python-headless" in locked
+        assert "opencv-python" not in locked
 
 
 def test_an_environment_that_uv_refuses_is_a_sentence_and_not_taken_for_made(setup_script, project):
