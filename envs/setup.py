@@ -31,6 +31,9 @@ UV_VERSION = "0.13.9"
 UV_MINIMUM = (0, 7)
 PYTHON = "3.12"
 PYTHON_NAME = "python" + PYTHON
+BACKEND_VARIABLE = "DEMO2EVAL_RENDER_BACKEND"
+# The second is that of Windows' Linux.
+GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg")
 MESA_MAJOR = 25
 MESA_PACKAGES = ["mesa-vulkan-drivers", "libvulkan1"]
 
@@ -147,8 +150,18 @@ def find_python():
 
 
 def has_nvidia_gpu():
-    """Whether an NVIDIA driver answers."""
-    return bool(output_of("nvidia-smi", "-L"))
+    """Whether an NVIDIA driver lists a GPU; as `demo2eval.maniskill.environment.render_backend` asks."""
+    if not any(glob.glob(pattern) for pattern in GPU_DEVICES):
+        return False
+    return (output_of("nvidia-smi", "-L") or "").startswith("GPU ")
+
+
+def renders_on_gpu(gpu):
+    """Whether pictures shall come from the GPU: where there is one, unless the user says otherwise."""
+    wanted = os.environ.get(BACKEND_VARIABLE)
+    if wanted and wanted not in ("cpu", "gpu"):
+        raise SetupError(f"{BACKEND_VARIABLE} is {wanted!r}; set it to cpu or gpu, or not at all.")
+    return wanted == "gpu" if wanted else gpu
 
 
 def sync(uv, folder, *options):
@@ -295,7 +308,7 @@ def get_mesa(system):
     """Install Mesa's software renderer as root, or unpack it beside the environments as anybody else; say what failed."""
     TOOLS.mkdir(exist_ok=True)
     root = os.geteuid() == 0
-    say("{} Mesa {}, the software renderer, since there is no GPU".format("installing" if root else "unpacking", MESA_MAJOR))
+    say("{} Mesa {}, the software renderer".format("installing" if root else "unpacking", MESA_MAJOR))
     try:
         with tempfile.TemporaryDirectory(dir=TOOLS) as folder:
             options = apt_state(Path(folder), system)
@@ -340,8 +353,8 @@ def set_up_vulkan(gpu):
     works = renders(device)
     if not works and gpu:
         raise SetupError(
-            "there is a GPU but its driver does not render; install the Vulkan loader (sudo apt-get install -y libvulkan1), and in a "
-            "container set NVIDIA_DRIVER_CAPABILITIES=all."
+            "there is a GPU but its driver does not render; install the Vulkan loader (sudo apt-get install -y libvulkan1), in a "
+            f"container set NVIDIA_DRIVER_CAPABILITIES=all, or let the CPU render: {BACKEND_VARIABLE}=cpu make setup."
         )
     release = Path("/etc/os-release")
     system = parse_os_release(release.read_text()) if release.exists() else ("", "")
@@ -364,7 +377,7 @@ def main():
         gpu = has_nvidia_gpu()
         sync(uv, ROOT, *(["--extra", "cuda"] if gpu else []))
         sync(uv, ROOT / "envs/planning")
-        set_up_vulkan(gpu)
+        set_up_vulkan(renders_on_gpu(gpu))
     except SetupError as error:
         print(f"setup: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from demo2eval.maniskill import environment
+
 SCRIPT = Path(__file__).resolve().parent.parent / "envs/setup.py"
 
 DEB822 = """Types: deb deb-src
@@ -190,6 +192,39 @@ def test_rendering_is_tried_and_not_believed(setup_script, monkeypatch):
             setup_script.set_up_vulkan(gpu=True)
     monkeypatch.setenv("VK_ICD_FILENAMES", "/does/not/exist.json")
     assert not setup_script.renders("cpu")
+
+
+def test_set_up_and_simulator_take_the_same_for_a_gpu(setup_script, tmp_path, monkeypatch):
+    assert setup_script.GPU_DEVICES == environment.GPU_DEVICES
+    assert setup_script.BACKEND_VARIABLE == environment.BACKEND_VARIABLE
+    for script in (setup_script, environment):
+        monkeypatch.setattr(script, "GPU_DEVICES", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.delenv(setup_script.BACKEND_VARIABLE, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    program = tmp_path / "nvidia-smi"
+    for device, driver in [
+        (None, "echo 'GPU 0: H100'"),
+        ("nvidia3", "echo 'GPU 0: H100'"),
+        ("nvidia3", "echo 'No devices found.'"),
+    ]:
+        program.write_text(f"#!/bin/sh\n{driver}\n")
+        program.chmod(0o755)
+        if device:
+            (tmp_path / device).touch()
+        environment.render_backend.cache_clear()
+        assert setup_script.has_nvidia_gpu() == (environment.render_backend() == "gpu")
+    environment.render_backend.cache_clear()
+
+
+def test_the_user_decides_what_renders(setup_script, monkeypatch):
+    monkeypatch.delenv(setup_script.BACKEND_VARIABLE, raising=False)
+    assert setup_script.renders_on_gpu(True)
+    assert not setup_script.renders_on_gpu(False)
+    monkeypatch.setenv(setup_script.BACKEND_VARIABLE, "cpu")
+    assert not setup_script.renders_on_gpu(True)
+    monkeypatch.setenv(setup_script.BACKEND_VARIABLE, "vulkan")
+    with pytest.raises(setup_script.SetupError, match="set it to cpu or gpu"):
+        setup_script.renders_on_gpu(True)
 
 
 def test_setup_needs_no_module_of_a_checkout(tmp_path):

@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import glob
 import io
 import logging
 import os
-import shutil
+import subprocess
 import warnings
 from collections.abc import Sequence
 
@@ -16,6 +17,9 @@ from demo2eval.maniskill.tasks import STATE_DIMS, check_cameras, find_task
 
 CONTROL_FREQUENCY = 20
 """Control steps a second, of all six tasks; also the frame rate of the datasets."""
+BACKEND_VARIABLE = "DEMO2EVAL_RENDER_BACKEND"
+GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg")
+"""Device files of NVIDIA's driver; the second is that of Windows' Linux."""
 
 
 def limit_threads(count: int = 1) -> None:
@@ -26,10 +30,26 @@ def limit_threads(count: int = 1) -> None:
 
 @functools.cache
 def render_backend() -> str:
-    """Return "gpu" where an NVIDIA device can render, else "cpu", which is Mesa's software renderer."""
-    if os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi"):
-        return "gpu"
-    return "cpu"
+    """Return what renders: "gpu" where an NVIDIA driver lists one, else "cpu", which is Mesa's software renderer.
+
+    The environment variable DEMO2EVAL_RENDER_BACKEND, cpu or gpu, decides where it is set. envs/setup.py asks the same questions.
+
+    Raises:
+        UserError: if the variable says something else.
+    """
+    wanted = os.environ.get(BACKEND_VARIABLE)
+    if wanted:
+        if wanted not in ("cpu", "gpu"):
+            raise UserError(f"{BACKEND_VARIABLE} is {wanted!r}; set it to cpu or gpu, or not at all.")
+        return wanted
+    # To ask the driver can take a second; without a device it need not be asked.
+    if not any(glob.glob(pattern) for pattern in GPU_DEVICES):
+        return "cpu"
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "cpu"
+    return "gpu" if listed.startswith("GPU ") else "cpu"
 
 
 def _quiet() -> None:
