@@ -19,7 +19,9 @@ from demo2eval.configuration import SHARD_SEEDS, delta_action_mask, shard_count,
 from demo2eval.errors import UserError
 from demo2eval.fingerprint import code_fingerprint
 
-PYTHON = f"PYTHONPATH={shlex.quote(str(BASE / 'workflow'))} {shlex.quote(sys.executable)}"
+# Jobs run with the Python that runs Snakemake, and find its packages also where PYTHONPATH leads to them.
+MODULES = f'PYTHONPATH={shlex.quote(str(BASE / "workflow"))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+PYTHON = f"{MODULES} {shlex.quote(sys.executable)}"
 # What was compiled once is not compiled again for the next segment or checkpoint.
 JAX_PYTHON = f"JAX_COMPILATION_CACHE_DIR=results/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=1 {PYTHON}"
 PLANNING_PYTHON = BASE / "envs/planning/.venv/bin/python"
