@@ -136,3 +136,10 @@ def test_lora_trains_its_factors_on_base_weights_and_freezes_the_rest(run):
     assert not np.array_equal(after["action_in_proj/kernel"], before["action_in_proj/kernel"])
     first = flatten(load_params(whole / "0/params"))
     assert all(not np.array_equal(after[name], first[name]) for name in factors)
+
+
+def test_shifted_pictures_and_several_noises_train(run):
+    folder = train(run, [2], "shifted", augment=False, random_shift=3, noise_draws=2)
+    weights = load_params(folder / "2/params")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
+    assert tree_digest(weights) != tree_digest(load_params(folder / "0/params"))

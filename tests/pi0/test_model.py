@@ -26,8 +26,8 @@ def random_params(config: Pi0Config) -> dict:
     )
 
 
-@partial(jax.jit, static_argnums=0)
-def loss_of(config: Pi0Config, params: dict) -> jax.Array:
+def sample_of(config: Pi0Config) -> tuple[model.Observation, jax.Array, jax.Array]:
+    """Return an observation, actions and noise, a batch of two with prompts of different lengths."""
     keys = jax.random.split(jax.random.key(2), 5)
     size = config.siglip.image_size
     observation = model.Observation(
@@ -36,8 +36,12 @@ def loss_of(config: Pi0Config, params: dict) -> jax.Array:
         tokenized_prompt=jnp.array([[2, 7, 9, 0], [2, 8, 9, 11]]),
         tokenized_prompt_mask=jnp.array([[True, True, True, False], [True] * 4]),
     )
-    actions, noise = (jax.random.normal(key, (2, config.action_horizon, config.action_dim)) for key in keys[2:4])
-    return model.flow_loss(config, params, observation, actions, noise, jnp.array([0.2, 0.9]))
+    return observation, *(jax.random.normal(key, (2, config.action_horizon, config.action_dim)) for key in keys[2:4])
+
+
+@partial(jax.jit, static_argnums=0)
+def loss_of(config: Pi0Config, params: dict) -> jax.Array:
+    return model.flow_loss(config, params, *sample_of(config), jnp.array([0.2, 0.9]))
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +146,26 @@ def test_sampling_integrates_the_flow_that_is_trained(config):
     actions = sampling.sample_actions(config, params, observation, noise, num_steps=1)
     loss = model.flow_loss(config, params, observation, actions, noise, jnp.ones(1))
     np.testing.assert_allclose(loss, 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["pi05", "pi0"])
+def test_several_noises_after_one_look_are_as_many_losses(family):
+    own = {"discrete_state_input": False, "continuous_state_token": family == "pi05"}
+    own |= {f"{tower}.depth": 1 for tower in ("paligemma", "action_expert", "siglip")}
+    config = make_config(f"{family}_tiny", **SMALL | own)
+    params = random_params(config)
+    observation, actions, noise = sample_of(config)
+    noises, times = jnp.stack([noise, -noise]), jnp.array([[0.2, 0.9], [0.5, 0.1]])
+
+    def one_by_one(params):
+        return jnp.stack(
+            [model.flow_loss(config, params, observation, actions, *draw) for draw in zip(noises, times, strict=True)]
+        )
+
+    def together(params):
+        return model.flow_losses(config, params, observation, actions, noises, times)
+
+    np.testing.assert_allclose(jax.jit(together)(params), jax.jit(one_by_one)(params), rtol=1e-4)
+    expected = flatten(jax.jit(jax.grad(lambda tree: one_by_one(tree).mean()))(params))
+    for name, gradient in flatten(jax.jit(jax.grad(lambda tree: together(tree).mean()))(params)).items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-3, atol=1e-6, err_msg=name)

@@ -41,6 +41,8 @@ class Settings:
     ema_decay: float | None = option("share of the old average kept each step; null: no EMA", 0.999)
     augment: bool = option("openpi's random crop, rotation and colour jitter", True)
     state_noise: float = option("standard deviation of noise on the joints, radians", 0.0)
+    random_shift: int = option("largest random shift of the pictures, pixels", 0)
+    noise_draws: int = option("draws of noise and time a sample, for which its pictures are read once", 1)
 
 
 def payload_of(manifest: Path) -> Path:
@@ -48,7 +50,9 @@ def payload_of(manifest: Path) -> Path:
     return manifest.with_suffix("")
 
 
-def make_train_step(config, optimizer, ema_decay: float | None, augment: bool) -> Callable:
+def make_train_step(
+    config, optimizer, ema_decay: float | None, augment: bool, *, random_shift: int = 0, noise_draws: int = 1
+) -> Callable:
     """Return the jitted function (state, batch, key) -> (state, metrics).
 
     `state` holds `params`, those that training changes, `frozen`, those that it does not, `opt_state` and, with EMA, `ema` of `params`;
@@ -62,11 +66,15 @@ def make_train_step(config, optimizer, ema_decay: float | None, augment: bool) -
     from demo2eval.pi0 import transforms
     from demo2eval.pi0.model import Observation, compute_loss
     from demo2eval.pi0.parameters import unflatten
+    from demo2eval.training import augmentation
     from demo2eval.training.optimizer import ema_update
 
     def loss_of(trained, frozen, batch, key):
         augment_key, loss_key = jax.random.split(key)
-        images = {camera: pixels.astype(jnp.float32) / 255.0 * 2.0 - 1.0 for camera, pixels in batch["images"].items()}
+        images = batch["images"]
+        if random_shift:
+            images = augmentation.random_shift(jax.random.fold_in(augment_key, 1), images, random_shift)
+        images = {camera: pixels.astype(jnp.float32) / 255.0 * 2.0 - 1.0 for camera, pixels in images.items()}
         if augment:
             images = transforms.augment(augment_key, images)
         observation = Observation(
@@ -75,7 +83,7 @@ def make_train_step(config, optimizer, ema_decay: float | None, augment: bool) -
             tokenized_prompt=batch["tokenized_prompt"],
             tokenized_prompt_mask=batch["tokenized_prompt_mask"],
         )
-        return jnp.mean(compute_loss(config, unflatten(trained | frozen), loss_key, observation, batch["actions"]))
+        return jnp.mean(compute_loss(config, unflatten(trained | frozen), loss_key, observation, batch["actions"], noise_draws))
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state, batch, key):
@@ -117,9 +125,11 @@ def start_state(previous: Path, step: int, config, optimizer, ema_decay: float |
 
 
 def batches(settings: Settings, data, first_step: int) -> Iterator[dict]:
-    """Yield the batch of each step from `first_step` to the segment's end."""
+    """Yield the batch of each step from `first_step` to the segment's end, on its way to the device."""
+    import jax
+
     for step in range(first_step, settings.to_step):
-        yield data.batch(step, settings.batch_size, settings.seed)
+        yield jax.device_put(data.batch(step, settings.batch_size, settings.seed))
 
 
 def train(settings: Settings, config, state: dict, data, first_step: int, metrics_file: Path, optimizer, schedule) -> dict:
@@ -134,7 +144,14 @@ def train(settings: Settings, config, state: dict, data, first_step: int, metric
 
     from demo2eval.training.loader import prefetch
 
-    train_step = make_train_step(config, optimizer, settings.ema_decay, settings.augment)
+    train_step = make_train_step(
+        config,
+        optimizer,
+        settings.ema_decay,
+        settings.augment,
+        random_shift=settings.random_shift,
+        noise_draws=settings.noise_draws,
+    )
     root_key = jax.random.key(settings.seed)
     pending = []
     bar = tqdm(total=settings.to_step, initial=first_step, unit="step", mininterval=2, desc="training")

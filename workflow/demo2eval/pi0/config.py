@@ -101,11 +101,20 @@ TINY = {
     "remat": False,
 }
 TINY_LORA = {name: dataclasses.replace(TINY[name], lora=LoraConfig(4, 4.0, 4, 4.0)) for name in LORA}
+SMALL = {
+    "paligemma": GemmaConfig(width=384, depth=6, mlp_dim=1536, num_heads=6, num_kv_heads=1, head_dim=64),
+    "action_expert": GemmaConfig(width=256, depth=6, mlp_dim=1024, num_heads=6, num_kv_heads=1, head_dim=64),
+    "siglip": SiglipConfig(width=256, depth=6, mlp_dim=1024, num_heads=4, patch_size=16, image_size=128),
+    "vocab_size": 512,
+    "remat": False,
+}
 VARIANTS = {
     "pi05": PI05,
     "pi0": PI0,
     "pi05_lora": dataclasses.replace(PI05, **LORA),
     "pi0_lora": dataclasses.replace(PI0, **LORA),
+    "pi05_small": dataclasses.replace(PI05, **SMALL),
+    "pi0_small": dataclasses.replace(PI0, **SMALL),
     "pi05_tiny": dataclasses.replace(PI05, **TINY),
     "pi0_tiny": dataclasses.replace(PI0, **TINY),
     "pi05_tiny_lora": dataclasses.replace(PI05, **TINY | TINY_LORA),

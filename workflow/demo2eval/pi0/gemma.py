@@ -109,15 +109,16 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     return mixed.reshape(groups.shape).transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
-def layer(configs, params: dict, tokens: list, conditions: list, positions: jax.Array, mask, cache=None, start: int = 0):
+def layer(
+    configs, params: dict, tokens: list, conditions: list, positions: jax.Array, mask, cache=None, start: int | None = None
+):
     """One layer of all towers.
 
     Args:
         params: the layer's parameters, of all towers.
         tokens: [b, n_i, width_i] of each tower, or None for a tower without tokens.
-        cache: (keys, values), each [b, n, kv heads, head_dim], of tokens that were computed before, with room for those of this call;
-            or None.
-        start: where in the cache this call's tokens belong.
+        cache: (keys, values), each [b, n, kv heads, head_dim], of tokens that were computed before; or None.
+        start: where in the cache there is room for this call's tokens; None: they are put behind it.
 
     Returns:
         (tokens, (keys, values) of all tokens that were looked at).

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from demo2eval.pi0 import gemma, siglip
 from demo2eval.pi0.config import Pi0Config
-from demo2eval.pi0.layers import dense
+from demo2eval.pi0.layers import dense, unstack
 
 TIME_PERIODS = (4e-3, 4.0)
 
@@ -148,9 +148,46 @@ def flow_loss(config: Pi0Config, params: dict, observation: Observation, actions
     return jnp.mean(jnp.square(velocity(config, params, suffix_out) - target), axis=-1)
 
 
-def compute_loss(config: Pi0Config, params: dict, key: jax.Array, observation: Observation, actions: jax.Array) -> jax.Array:
-    """`flow_loss` at noise and time drawn from `key`, the same that openpi draws: time is Beta(1.5, 1) * 0.999 + 0.001."""
+def compute_loss(
+    config: Pi0Config, params: dict, key: jax.Array, observation: Observation, actions: jax.Array, noise_draws: int = 1
+) -> jax.Array:
+    """`flow_loss` at noise and time drawn from `key`, the same that openpi draws: time is Beta(1.5, 1) * 0.999 + 0.001.
+
+    With several `noise_draws` a sample, ours, the loss is their mean, and pictures and prompt are read once for all of them.
+    """
     _, noise_key, time_key = jax.random.split(key, 3)  # the first is that of openpi's augmentation
-    noise = jax.random.normal(noise_key, actions.shape)
-    time = jax.random.beta(time_key, 1.5, 1, actions.shape[:1]) * 0.999 + 0.001
+    several = () if noise_draws == 1 else (noise_draws,)
+    noise = jax.random.normal(noise_key, (*several, *actions.shape))
+    time = jax.random.beta(time_key, 1.5, 1, (*several, *actions.shape[:1])) * 0.999 + 0.001
+    if several:
+        return flow_losses(config, params, observation, actions, noise, time).mean(axis=0)
     return flow_loss(config, params, observation, actions, noise, time)
+
+
+def flow_losses(config: Pi0Config, params: dict, observation: Observation, actions: jax.Array, noise: jax.Array, time: jax.Array):
+    """`flow_loss` of several draws of noise [k, b, horizon, action_dim] and time [k, b], float32 [k, b, horizon].
+
+    Pictures and prompt go through PaliGemma once. Its layers are unrolled: this is for small models.
+    """
+    prefix, valid = embed_prefix(config, params, observation)
+    valid = jnp.ones(prefix.shape[:2], bool) if valid is None else valid
+    mask, positions = attention_mask(valid, jnp.zeros(prefix.shape[1], bool)), positions_of(valid)
+    llm, towers = params["PaliGemma"]["llm"], (config.paligemma, config.action_expert)
+    layers, tokens, caches = unstack(llm["layers"]), [prefix], []
+    for layer in layers:
+        tokens, cache = gemma.layer(towers[:1], layer, tokens, [None], positions, mask)
+        caches.append(cache)
+
+    def loss(noise, time):
+        at = time[:, None, None]
+        suffix, opens_block, condition = embed_suffix(config, params, observation.state, at * noise + (1 - at) * actions, time)
+        own = attention_mask(None, opens_block)
+        seen = [jnp.broadcast_to(part, (len(valid), own.shape[1], part.shape[-1])) for part in (valid[:, None], own)]
+        places = valid.sum(axis=1)[:, None] + jnp.arange(suffix.shape[1])
+        both = [None, suffix]
+        for layer, cache in zip(layers, caches, strict=True):
+            both, _ = gemma.layer(towers, layer, both, [None, condition], places, jnp.concatenate(seen, axis=-1), cache)
+        out, _ = gemma.rms_norm(llm["final_norm_1"], both[1], condition)
+        return jnp.mean(jnp.square(velocity(config, params, out) - (noise - actions)), axis=-1)
+
+    return jax.vmap(loss)(noise, time)
