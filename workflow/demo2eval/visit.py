@@ -31,8 +31,6 @@ STATE = parcel.RESULTS / ".visit.json"
 LOCK = parcel.RESULTS / ".visit.lock"
 LOG = "snakemake.log"
 SNAKEMAKE = (sys.executable, "-m", "snakemake")
-PACK_EVERY = 15.0
-"""Seconds between looks for finished work."""
 STOP_SECONDS = 15.0
 """Seconds that jobs are given to end by themselves when the time is up."""
 PARENT_DEATH_SIGNAL = 1
@@ -80,12 +78,17 @@ def finished_here() -> dict[Path, int]:
 class Outbox:
     """The folder of parcels that grows with the finished work."""
 
-    def __init__(self, folder: Path, parcel_bytes: int, parcels: int):
-        self._folder, self._parcel_bytes, self._parcels = folder, parcel_bytes, parcels
+    def __init__(self, folder: Path, *, parcel_bytes: int, parcels: int, pack_every: float):
+        """Take the limits of `parcel.pack`, and how many seconds apart to look for finished work."""
+        self._folder, self._parcel_bytes, self._parcels, self._pack_every = folder, parcel_bytes, parcels, pack_every
         self._packed: dict[Path, int] = {}
+        self._next = time.monotonic()
 
-    def update(self) -> None:
-        """Pack again if anything was finished since the last time."""
+    def update(self, now: bool = False) -> None:
+        """Pack again if anything was finished since the last time; unless `now`, not more often than it should."""
+        if not now and time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + self._pack_every
         with contextlib.suppress(FileNotFoundError):
             found = finished_here()
             if found == self._packed or not found:
@@ -138,7 +141,7 @@ def watch(process: subprocess.Popen, outbox: Outbox, end: float, last_start: flo
     Args:
         end: when jobs are stopped, and `last_start`: after which none is started, seconds of the monotonic clock.
     """
-    starting, next_pack = True, time.monotonic()
+    starting = True
     while process.poll() is None:
         now = time.monotonic()
         if now >= end:
@@ -149,15 +152,13 @@ def watch(process: subprocess.Popen, outbox: Outbox, end: float, last_start: flo
             say("the time is nearly up; no new job is started")
             starting = False
             process.terminate()
-        if now >= next_pack:
-            outbox.update()
-            next_pack = time.monotonic() + PACK_EVERY
+        outbox.update()
         time.sleep(0.2)
     return starting
 
 
 def visit(
-    targets: list[str], options: list[str], inbox: Path | None, outbox: Path, *, minutes: float, last_start: float, **limits: int
+    targets: list[str], options: list[str], inbox: Path | None, outbox: Path, *, minutes: float, last_start: float, **limits
 ) -> int:
     """Make the targets as far as the time allows; return the exit status.
 
@@ -165,7 +166,7 @@ def visit(
         options: Snakemake's.
         minutes: in which all is to be over; jobs are stopped a little earlier.
         last_start: minutes before the end after which no job is started.
-        limits: parcel_bytes and parcels, as for `parcel.pack`.
+        limits: of the `Outbox`.
     """
     begun = time.monotonic()
     outbox.mkdir(parents=True, exist_ok=True)
@@ -181,7 +182,7 @@ def visit(
         finally:
             # Also when this process is told to stop.
             stop(process)
-            packing.update()
+            packing.update(now=True)
     if ended and process.returncode == 0:
         say("all targets are made")
         return 0
@@ -205,6 +206,7 @@ def main() -> None:
     )
     parser.add_argument("--parcel-mib", type=float, default=16, help="largest parcel, MiB (default: 16)")
     parser.add_argument("--parcels", type=int, default=7, help="at most so many (default: 7)")
+    parser.add_argument("--pack-every", type=float, default=15, help="seconds between looks for finished work (default: 15)")
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
     arguments = parser.parse_args(words[:split])
@@ -219,6 +221,7 @@ def main() -> None:
         last_start=arguments.last_start,
         parcel_bytes=int(arguments.parcel_mib * parcel.MIB),
         parcels=arguments.parcels,
+        pack_every=arguments.pack_every,
     )
     sys.exit(status)
 
