@@ -484,7 +484,9 @@ def main() -> None:
     parser = stage_parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     packing = verbs.add_parser("pack", help="pack finished work")
-    packing.add_argument("paths", type=Path, nargs="*", default=[RESULTS], help="outputs or folders of them (default: results)")
+    packing.add_argument(
+        "paths", type=Path, nargs="*", help="outputs or folders of them (default: results, or those of --payload)"
+    )
     packing.add_argument("--output", type=Path, required=True, help="folder for the parcels")
     packing.add_argument(
         "--payload", type=Path, nargs="+", default=[], help="outputs or folders whose pictures or weights travel too"
@@ -505,7 +507,7 @@ def main() -> None:
 def _pack(arguments) -> None:
     number = pack(
         arguments.output,
-        arguments.paths,
+        arguments.paths or arguments.payload or [RESULTS],
         payload=arguments.payload,
         train_state=arguments.train_state,
         parcel_bytes=int(arguments.parcel_mib * MIB),
