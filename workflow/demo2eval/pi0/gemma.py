@@ -136,7 +136,11 @@ def layer(
     query = rope(jnp.concatenate(queries, axis=1), positions) * configs[0].head_dim ** -0.5
     key, value = rope(jnp.concatenate(keys, axis=1), positions), jnp.concatenate(values, axis=1)
     if cache is not None:
-        key, value = (jax.lax.dynamic_update_slice_in_dim(*pair, start, axis=1) for pair in zip(cache, (key, value), strict=True))
+        pairs = zip(cache, (key, value), strict=True)
+        key, value = (
+            jnp.concatenate(pair, axis=1) if start is None else jax.lax.dynamic_update_slice_in_dim(*pair, start, axis=1)
+            for pair in pairs
+        )
     mixed, first, result = attend(query, key, value, mask), 0, list(tokens)
     for index in present:
         config, suffix, x = configs[index], suffixes[index], tokens[index]
