@@ -89,7 +89,7 @@ def test_a_visit_is_killed_goes_on_and_is_adopted(checkouts, tmp_path):
 class Nothing:
     """An outbox into which nothing is packed."""
 
-    def update(self) -> None:
+    def update(self, now: bool = False) -> None:
         pass
 
 
@@ -99,10 +99,25 @@ def test_when_the_time_is_up_jobs_are_told_and_then_stopped(monkeypatch, capsys)
     process = subprocess.Popen(["sh", "-c", "trap 'echo told' TERM; sleep 60 & wait; wait"], start_new_session=True)
     time.sleep(0.3)
     begun = time.monotonic()
-    assert not visit.watch(process, Nothing(), end=begun + 0.6, last_start=begun + 0.1)
+    assert not visit.watch(process, Nothing(), end=begun + 0.6, last_start=begun + 0.1, keep_running=False)
+    assert process.poll() is None
+    visit.stop(process)
     assert process.poll() is not None
     assert time.monotonic() - begun < 10
     assert "no new job" in capsys.readouterr().out
+
+
+def test_what_is_left_running_is_found_by_the_next_visit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(visit, "STOP_SECONDS", 0)
+    # In place of Snakemake, something that takes 2 s.
+    monkeypatch.setattr(visit, "SNAKEMAKE", ["sh", "-c", "test -e results/made || { sleep 2; echo made >> results/made; }", "sh"])
+    options = {"keep_running": True, "last_start": 0}
+    assert visit.visit(["target"], [], None, Nothing(), minutes=0.5 / 60, **options) == visit.TIME_IS_UP
+    assert not Path("results/made").exists()
+    assert visit.visit(["target"], [], None, Nothing(), minutes=0.2, **options) == 0
+    assert Path("results/made").read_text() == "made\n"
+    assert "of an earlier visit is at work" in capsys.readouterr().out
 
 
 def test_work_that_was_brought_is_not_taken_home(tmp_path, monkeypatch):

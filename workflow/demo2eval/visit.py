@@ -6,8 +6,8 @@ In:  parcels of work that was made elsewhere (`python -m demo2eval.parcel pack`)
 Out: parcels of all work that was made here, complete and readable at any instant, and snakemake.log.
 
 What stands after `--` goes to Snakemake. Before the time is up no new job is started, at its end those that run are stopped, and the next
-visit to the same machine goes on there. A visit that is killed leaves its parcels; Snakemake then stops as soon as its jobs have ended,
-and the next visit waits for that.
+visit to the same machine goes on there. With `--keep-running` they are left alone, and the next visit finds them further on. A visit that
+is killed leaves its parcels; Snakemake then stops when its jobs have ended, and the next visit waits for that, packing.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ import ctypes
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from demo2eval import parcel
@@ -29,7 +29,7 @@ from demo2eval.manifest import write_atomic
 
 STATE = parcel.RESULTS / ".visit.json"
 LOCK = parcel.RESULTS / ".visit.lock"
-LOG = "snakemake.log"
+LOG = parcel.RESULTS / ".visit.log"
 SNAKEMAKE = (sys.executable, "-m", "snakemake")
 STOP_SECONDS = 15.0
 """Seconds that jobs are given to end by themselves when the time is up."""
@@ -42,17 +42,13 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} visit: {text}", flush=True)
 
 
-@contextlib.contextmanager
-def only_visit() -> Iterator[int]:
-    """Yield the descriptor of a lock that the visit and its Snakemake hold; wait for those of a visit that was killed."""
-    parcel.RESULTS.mkdir(exist_ok=True)
-    with open(LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say("another visit is at work here; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
+def take(lock) -> bool:
+    """Take the lock that a visit's Snakemake holds while it runs, if it is free."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def brought() -> set[str]:
@@ -96,6 +92,7 @@ class Outbox:
             number = parcel.pack(self._folder, list(found), parcel_bytes=self._parcel_bytes, parcels=self._parcels)
             new = [path.as_posix() for path, stamp in found.items() if self._packed.get(path) != stamp]
             self._packed = found
+            shutil.copyfile(LOG, self._folder / "snakemake.log")
             left = f"; {number - self._parcels} parcels do not fit" if number > self._parcels else ""
             say(f"packed {len(found)} pieces of work, new: {', '.join(new[:5])}{' ...' if len(new) > 5 else ''}{left}")
 
@@ -111,9 +108,9 @@ def unlock(targets: list[str], options: list[str]) -> None:
         subprocess.run([*SNAKEMAKE, *targets, "--unlock", *options], check=True, capture_output=True)
 
 
-def start(targets: list[str], options: list[str], log: Path, lock: int) -> subprocess.Popen:
-    """Start Snakemake in a process group of its own, so that it can be stopped with its jobs; it inherits the visit's lock."""
-    with open(log, "a") as file:
+def start(targets: list[str], options: list[str], lock: int, keep_running: bool) -> subprocess.Popen:
+    """Start Snakemake in a session of its own, so that it can be stopped with its jobs or left; it inherits the visit's lock."""
+    with open(LOG, "a") as file:
         return subprocess.Popen(
             [*SNAKEMAKE, *targets, *options],
             stdout=file,
@@ -121,7 +118,7 @@ def start(targets: list[str], options: list[str], log: Path, lock: int) -> subpr
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             pass_fds=[lock],
-            preexec_fn=end_with_parent,
+            preexec_fn=None if keep_running else end_with_parent,
         )
 
 
@@ -135,20 +132,20 @@ def stop(process: subprocess.Popen) -> None:
             return
 
 
-def watch(process: subprocess.Popen, outbox: Outbox, end: float, last_start: float) -> bool:
+def watch(process: subprocess.Popen, outbox: Outbox, end: float, last_start: float, keep_running: bool) -> bool:
     """Pack while Snakemake works; return whether it ended by itself before the time was up.
 
     Args:
         end: when jobs are stopped, and `last_start`: after which none is started, seconds of the monotonic clock.
+        keep_running: start jobs until the end, and leave them.
     """
     starting = True
     while process.poll() is None:
         now = time.monotonic()
         if now >= end:
-            say("the time is up; stopping what runs")
-            stop(process)
+            say("the time is up; " + ("what runs is left alone" if keep_running else "stopping what runs"))
             return False
-        if starting and now >= last_start:
+        if starting and now >= last_start and not keep_running:
             say("the time is nearly up; no new job is started")
             starting = False
             process.terminate()
@@ -157,8 +154,44 @@ def watch(process: subprocess.Popen, outbox: Outbox, end: float, last_start: flo
     return starting
 
 
+def follow(lock, outbox: Outbox, end: float) -> bool:
+    """Pack what the Snakemake of an earlier visit makes, until it has ended and its lock is ours or the time is up; return which."""
+    if take(lock):
+        return True
+    say("the Snakemake of an earlier visit is at work here; packing what it makes")
+    while time.monotonic() < end:
+        outbox.update()
+        time.sleep(0.2)
+        if take(lock):
+            return True
+    return False
+
+
+def make(
+    targets: list[str], options: list[str], lock, outbox: Outbox, end: float, last_start: float, keep_running: bool
+) -> int | None:
+    """Run Snakemake and pack; return its exit status, or None if the time was up before it ended."""
+    process = start(targets, options, lock.fileno(), keep_running)
+    ended = False
+    try:
+        ended = watch(process, outbox, end, last_start, keep_running)
+    finally:
+        # Also when this process is told to stop.
+        if not keep_running:
+            stop(process)
+        outbox.update(now=True)
+    return process.returncode if ended else None
+
+
 def visit(
-    targets: list[str], options: list[str], inbox: Path | None, outbox: Path, *, minutes: float, last_start: float, **limits
+    targets: list[str],
+    options: list[str],
+    inbox: Path | None,
+    outbox: Outbox,
+    *,
+    minutes: float,
+    last_start: float = 0.5,
+    keep_running: bool = False,
 ) -> int:
     """Make the targets as far as the time allows; return the exit status.
 
@@ -166,30 +199,25 @@ def visit(
         options: Snakemake's.
         minutes: in which all is to be over; jobs are stopped a little earlier.
         last_start: minutes before the end after which no job is started.
-        limits: of the `Outbox`.
+        keep_running: start jobs until the end, and leave them to the next visit.
     """
-    begun = time.monotonic()
-    outbox.mkdir(parents=True, exist_ok=True)
-    with only_visit() as lock:
-        unlock(targets, options)
-        if inbox is not None:
-            bring(inbox)
-        packing = Outbox(outbox, **limits)
-        process = start(targets, options, outbox / LOG, lock)
-        end = begun + 60 * minutes - STOP_SECONDS
-        try:
-            ended = watch(process, packing, end, end - 60 * last_start)
-        finally:
-            # Also when this process is told to stop.
-            stop(process)
-            packing.update(now=True)
-    if ended and process.returncode == 0:
+    end = time.monotonic() + 60 * minutes - STOP_SECONDS
+    parcel.RESULTS.mkdir(exist_ok=True)
+    with open(LOCK, "w") as lock:
+        status = None
+        if follow(lock, outbox, end):
+            unlock(targets, options)
+            if inbox is not None:
+                bring(inbox)
+            status = make(targets, options, lock, outbox, end, end - 60 * last_start, keep_running)
+    outbox.update(now=True)
+    if status == 0:
         say("all targets are made")
         return 0
-    tail = (outbox / LOG).read_text(errors="replace").splitlines()[-40:]
+    tail = LOG.read_text(errors="replace").splitlines()[-40:]
     print("\n".join(line.rpartition("\r")[2] for line in tail), flush=True)
-    say(f"Snakemake ended with status {process.returncode}" if ended else "there is more to make; visit again")
-    return process.returncode if ended else TIME_IS_UP
+    say("there is more to make; visit again" if status is None else f"Snakemake ended with status {status}")
+    return TIME_IS_UP if status is None else status
 
 
 def main() -> None:
@@ -204,6 +232,7 @@ def main() -> None:
     parser.add_argument(
         "--last-start", type=float, default=0.5, help="minutes before the end to start no more jobs (default: 0.5)"
     )
+    parser.add_argument("--keep-running", action="store_true", help="leave running jobs to the next visit to this machine")
     parser.add_argument("--parcel-mib", type=float, default=16, help="largest parcel, MiB (default: 16)")
     parser.add_argument("--parcels", type=int, default=7, help="at most so many (default: 7)")
     parser.add_argument("--pack-every", type=float, default=15, help="seconds between looks for finished work (default: 15)")
@@ -212,16 +241,16 @@ def main() -> None:
     arguments = parser.parse_args(words[:split])
     if arguments.input is not None and not arguments.input.is_dir():
         raise UserError(f"{arguments.input} does not exist; give the folder of the parcels, or leave --input out.")
+    limits = {"parcel_bytes": int(arguments.parcel_mib * parcel.MIB), "parcels": arguments.parcels}
+    arguments.output.mkdir(parents=True, exist_ok=True)
     status = visit(
         arguments.targets,
         words[split + 1 :],
         arguments.input,
-        arguments.output,
+        Outbox(arguments.output, **limits, pack_every=arguments.pack_every),
         minutes=arguments.minutes,
         last_start=arguments.last_start,
-        parcel_bytes=int(arguments.parcel_mib * parcel.MIB),
-        parcels=arguments.parcels,
-        pack_every=arguments.pack_every,
+        keep_running=arguments.keep_running,
     )
     sys.exit(status)
 
