@@ -19,7 +19,7 @@ from demo2eval.errors import UserError
 from demo2eval.pi0 import gemma, model, sampling
 from demo2eval.pi0.checkpoint import load_params
 from demo2eval.pi0.config import GemmaConfig, LoraConfig, Pi0Config, SiglipConfig, make_config
-from demo2eval.pi0.convert import read_tree
+from demo2eval.pi0.convert import open_huggingface
 from demo2eval.pi0.normalization import exact_stats, load_norm_stats
 from demo2eval.pi0.parameters import flatten, init_params, table, unflatten
 from demo2eval.pi0.tokenizer import Tokenizer, discretize
@@ -410,6 +410,6 @@ def test_openpis_checkpoint_and_safetensors_hold_the_reference_weights():
     loaded = flatten(load_params(next((GOLDEN / "checkpoint_pi05_ema").iterdir()) / "params", config))
     for name, value in loaded.items():
         np.testing.assert_array_equal(value, golden[f"ema_after3/{name}"], err_msg=name)
-    converted = read_tree(GOLDEN / "hf_pi05", config)
+    converted = open_huggingface(GOLDEN / "hf_pi05", config)
     for name, value in read("pi05_params").items():
-        np.testing.assert_array_equal(converted[name], value, err_msg=name)
+        np.testing.assert_array_equal(converted[name].read(), value, err_msg=name)
