@@ -18,8 +18,12 @@ def rollouts(folder: Path, step: int, episodes: list[tuple[int, int, str]], **ch
     with making(output, stage="rollout", module="demo2eval.rollout", settings=SETTINGS | changes) as work:
         table = output.with_suffix("") / "episodes.csv"
         table.parent.mkdir()
-        rows = [f"{seed},{once},{end},{first},50,7\n" for seed, (once, end, first) in enumerate(episodes)]
-        table.write_text("seed,success_once,success_at_end,first_success_step,steps,looks\n" + "".join(rows))
+        stages = ["place" if once else "nothing" if seed % 2 else "reach" for seed, (once, _, _) in enumerate(episodes)]
+        rows = [
+            f"{seed},{once},{end},{first},50,7,{stages[seed]},{10 * seed + 5}.5\n"
+            for seed, (once, end, first) in enumerate(episodes)
+        ]
+        table.write_text("seed,success_once,success_at_end,first_success_step,steps,looks,stage,nearest_mm\n" + "".join(rows))
         work.finish([table], step=step, checkpoint=f"checkpoint-{step}", dataset="dataset-of-the-run")
     return output
 
@@ -55,7 +59,7 @@ def test_wilson_interval(successes, episodes, low, high):
 
 def test_one_row_a_checkpoint_in_order_of_steps(three_checkpoints, tmp_path):
     table, curve = tmp_path / "success.csv", tmp_path / "success.png"
-    rows = success_table("run_one", three_checkpoints, table, curve)
+    rows = success_table("run_one", three_checkpoints, table, curve, tmp_path / "stages.csv")
     with open(table, newline="") as file:
         written = list(csv.DictReader(file))
     assert [{key: str(value) for key, value in row.items()} for row in rows] == written
@@ -76,7 +80,7 @@ def test_the_curve_is_a_picture_and_the_same_each_time(three_checkpoints, tmp_pa
 
     pictures = [tmp_path / name for name in ("one.png", "two.png")]
     for picture in pictures:
-        success_table("run_one", three_checkpoints, tmp_path / "success.csv", picture)
+        success_table("run_one", three_checkpoints, tmp_path / "success.csv", picture, tmp_path / "stages.csv")
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     with Image.open(pictures[0]) as image:
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
@@ -86,7 +90,9 @@ def test_the_curve_is_a_picture_and_the_same_each_time(three_checkpoints, tmp_pa
 def test_different_settings_are_not_compared(three_checkpoints, tmp_path):
     other = rollouts(tmp_path, 1500, [SOLVED] * 4, max_episode_steps=100)
     with pytest.raises(UserError, match=r"1500\.json were evaluated under different settings"):
-        success_table("run_one", [*three_checkpoints, other], tmp_path / "success.csv", tmp_path / "success.png")
+        success_table(
+            "run_one", [*three_checkpoints, other], tmp_path / "success.csv", tmp_path / "success.png", tmp_path / "stages.csv"
+        )
     assert not (tmp_path / "success.csv").exists()
 
 
@@ -94,7 +100,21 @@ def test_missing_episodes_are_a_sentence(three_checkpoints, tmp_path):
     table = three_checkpoints[0].with_suffix("") / "episodes.csv"
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match="has 3 episodes instead of 4"):
-        success_table("run_one", three_checkpoints, tmp_path / "success.csv", tmp_path / "success.png")
+        success_table("run_one", three_checkpoints, tmp_path / "success.csv", tmp_path / "success.png", tmp_path / "stages.csv")
     table.unlink()
     with pytest.raises(UserError, match="does not exist"):
-        success_table("run_one", three_checkpoints, tmp_path / "success.csv", tmp_path / "success.png")
+        success_table("run_one", three_checkpoints, tmp_path / "success.csv", tmp_path / "success.png", tmp_path / "stages.csv")
+
+
+def test_stages_say_how_far_episodes_came(three_checkpoints, tmp_path):
+    success_table("run_one", three_checkpoints, tmp_path / "success.csv", tmp_path / "success.png", tmp_path / "stages.csv")
+    with open(tmp_path / "stages.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    of_500 = [
+        (row["stage"], row["came_so_far"], row["and_no_further"], row["median_nearest_mm"])
+        for row in rows
+        if row["step"] == "500"
+    ]
+    # Episodes 0 and 2 succeeded; 1 and 3 came to nothing, 15.5 and 35.5 mm from the cube.
+    assert of_500 == [("nothing", "4", "2", "25.5"), ("reach", "2", "0", ""), ("move", "2", "0", ""), ("place", "2", "2", "15.5")]
+    assert [row["step"] for row in rows] == ["0"] * 4 + ["500"] * 4 + ["1000"] * 4

@@ -20,6 +20,8 @@ def filmed(seed: int, first_success_step: int | None) -> EpisodeResult:
         first_success_step=first_success_step,
         steps=LENGTH - 1,
         looks=1,
+        stage="reach" if never else "place",
+        nearest=0.01,
         film=np.broadcast_to(greys[:, None, None, None], (LENGTH, FILM_SIZE, FILM_SIZE, 3)),
         successes=np.arange(LENGTH) >= (LENGTH if never else first_success_step),
     )

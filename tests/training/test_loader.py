@@ -16,7 +16,7 @@ from demo2eval.norm_stats import norm_stats
 from demo2eval.pi0.normalization import load_norm_stats
 from demo2eval.pi0.tokenizer import Tokenizer
 from demo2eval.pi0.transforms import resize_with_pad
-from demo2eval.training.loader import Prompt, TrainingData, looks_of, prefetch
+from demo2eval.training.loader import Prompt, TrainingData, looks_of, prefetch, trained_looks
 from demo2eval.training_cache import Settings as CacheSettings
 from demo2eval.training_cache import training_cache
 
@@ -208,3 +208,10 @@ def test_prefetch_ends_its_thread_when_nobody_listens_any_more():
         if thread.name == "prefetch":
             thread.join(timeout=5)
             assert not thread.is_alive()
+
+
+def test_held_out_demonstrations_are_never_seen():
+    episode = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    assert [trained_looks(episode, count) for count in (0, 1, 2)] == [8, 5, 3]
+    with pytest.raises(UserError, match=r"held_out is 3, and there are 3 demonstrations"):
+        trained_looks(episode, 3)

@@ -1,7 +1,8 @@
 """Rollouts of one checkpoint: one episode on each of a fixed list of seeds.
 
 In:  the manifest of a checkpoint, and that of its dataset, whose demonstrations' seeds must not be among those evaluated.
-Out: <output without .json>/episodes.csv, one row an episode: seed, success_once, success_at_end, first_success_step, steps, looks.
+Out: <output without .json>/episodes.csv, one row an episode: seed, success_once, success_at_end, first_success_step, steps, looks, the
+     furthest stage of the task by the simulator's state, and how near, in millimeters, the gripper came to the object.
 
 Pictures are rendered only when the policy looks. Each episode starts in a fresh scene, and the noise of a look follows from policy
 seed, episode seed and look number alone, so the number of workers changes the time and not the result. Finished episodes outlive a
@@ -22,7 +23,7 @@ from demo2eval.errors import UserError
 from demo2eval.manifest import Work, making, read_manifest, write_atomic
 from demo2eval.maniskill.worker import EpisodeResult, EpisodeSettings, play
 
-COLUMNS = ("seed", "success_once", "success_at_end", "first_success_step", "steps", "looks")
+COLUMNS = ("seed", "success_once", "success_at_end", "first_success_step", "steps", "looks", "stage", "nearest_mm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +124,9 @@ def read_finished(file: Path) -> dict[int, dict]:
 
 def row_of(result: EpisodeResult) -> dict:
     """Return an episode as a row of episodes.csv: whole numbers, yes is 1; first_success_step is empty where success was never seen."""
-    values = {column: getattr(result, column) for column in COLUMNS}
-    return {column: "" if value is None else int(value) for column, value in values.items()}
+    values = {column: getattr(result, column) for column in COLUMNS[:6]}
+    numbers = {column: "" if value is None else int(value) for column, value in values.items()}
+    return numbers | {"stage": result.stage, "nearest_mm": round(1000 * result.nearest, 1)}
 
 
 def rollout(settings: Settings, checkpoint: Path, dataset: Path | None, output: Path, *, workers: int = 1) -> None:

@@ -1,11 +1,12 @@
 """The success table and curve of a run.
 
 In:  the manifests of the rollouts of its checkpoints, with episodes.csv in the folder beside each.
-Out: success.csv, one row a checkpoint, and success.png.
+Out: success.csv, one row a checkpoint; stages.csv, how many episodes of a checkpoint came how far; and success.png.
 
 success_once is the share of episodes in which the task was solved at some step, success_at_end at the last step; both with the bounds
 of their 95 % Wilson interval. An episode's length is the number of actions until success was first seen, or all of them where it
-never was. The wall time is that of the rollouts.
+never was. The wall time is that of the rollouts. A row of stages.csv counts the episodes whose furthest stage was that stage or a later
+one, by the simulator's own state (`demo2eval.maniskill.stages`), and those that ended their way there.
 """
 
 import csv
@@ -17,6 +18,8 @@ import numpy as np
 from demo2eval.cli import run, stage_parser
 from demo2eval.errors import UserError
 from demo2eval.manifest import read_manifest, write_atomic
+from demo2eval.maniskill.stages import NOTHING
+from demo2eval.maniskill.tasks import find_task
 
 Z95 = 1.959963984540054
 COLUMNS = (
@@ -35,6 +38,7 @@ COLUMNS = (
     "checkpoint",
     "dataset",
 )
+STAGE_COLUMNS = ("run", "step", "stage", "came_so_far", "and_no_further", "median_nearest_mm")
 
 
 def wilson_interval(successes: int, episodes: int, z: float = Z95) -> tuple[float, float]:
@@ -98,8 +102,36 @@ def table_row(run_name: str, manifest_file: Path) -> dict:
     }
 
 
-def success_table(run_name: str, rollouts: list[Path], table: Path, curve: Path) -> list[dict]:
-    """Write the table and the curve of a run and return the rows.
+def stage_rows(run_name: str, manifest_file: Path) -> list[dict]:
+    """Return how far the episodes of one checkpoint came, a row for each stage of the task, in order.
+
+    Where nobody stopped there, median_nearest_mm is empty; else it is the median, over those that did, of the smallest distance of the
+    gripper from the object.
+    """
+    manifest, episodes = read_manifest(manifest_file), read_episodes(manifest_file)
+    order = (NOTHING, *find_task(manifest["settings"]["task"]).stages)
+    furthest = np.array([order.index(row["stage"]) for row in episodes])
+    nearest = np.array([float(row["nearest_mm"]) for row in episodes])
+    return [
+        {
+            "run": run_name,
+            "step": manifest["facts"]["step"],
+            "stage": stage,
+            "came_so_far": int((furthest >= index).sum()),
+            "and_no_further": int((furthest == index).sum()),
+            "median_nearest_mm": round(float(np.median(nearest[furthest == index])), 1) if (furthest == index).any() else "",
+        }
+        for index, stage in enumerate(order)
+    ]
+
+
+def write_table(file: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
+    """Write a table as CSV, whole or not at all."""
+    write_atomic(file, "\n".join([",".join(columns), *(",".join(str(row[column]) for column in columns) for row in rows)]) + "\n")
+
+
+def success_table(run_name: str, rollouts: list[Path], table: Path, curve: Path, stages: Path) -> list[dict]:
+    """Write the tables and the curve of a run and return the rows of success.csv.
 
     Raises:
         UserError: if the checkpoints were not evaluated on the same seeds under the same settings.
@@ -111,9 +143,10 @@ def success_table(run_name: str, rollouts: list[Path], table: Path, curve: Path)
             f"{one} and {other} were evaluated under different settings; run their rules again before comparing them."
         )
     rows = sorted((table_row(run_name, path) for path in rollouts), key=lambda row: row["step"])
-    lines = [",".join(COLUMNS), *(",".join(str(row[column]) for column in COLUMNS) for row in rows)]
     draw_curve(rows, read_manifest(rollouts[0])["settings"], curve)
-    write_atomic(table, "\n".join(lines) + "\n")
+    in_order = sorted(rollouts, key=lambda path: read_manifest(path)["facts"]["step"])
+    write_table(stages, STAGE_COLUMNS, [row for path in in_order for row in stage_rows(run_name, path)])
+    write_table(table, COLUMNS, rows)
     return rows
 
 
@@ -156,8 +189,9 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, nargs="+", required=True, help="manifests of rollouts")
     parser.add_argument("--table", type=Path, required=True, help="success.csv to write")
     parser.add_argument("--curve", type=Path, required=True, help="success.png to write")
+    parser.add_argument("--stages", type=Path, required=True, help="stages.csv to write")
     arguments = parser.parse_args()
-    for row in success_table(arguments.run, arguments.inputs, arguments.table, arguments.curve):
+    for row in success_table(arguments.run, arguments.inputs, arguments.table, arguments.curve, arguments.stages):
         bounds = f"{row['ci_low']:.0%} to {row['ci_high']:.0%}"
         print(
             f"step {row['step']:>7}: {row['successes']}/{row['episodes']} succeed ({bounds}), at end {row['success_at_end']:.0%}"

@@ -43,6 +43,7 @@ class Settings:
     state_noise: float = option("standard deviation of noise on the joints, radians", 0.0)
     random_shift: int = option("largest random shift of the pictures, pixels", 0)
     noise_draws: int = option("draws of noise and time a sample, for which its pictures are read once", 1)
+    held_out: int = option("the last so many demonstrations are not trained on", 0)
 
 
 def payload_of(manifest: Path) -> Path:
@@ -208,7 +209,7 @@ def _make(settings: Settings, previous: Path, cache: Path, work: Work) -> None:
     schedule = make_schedule(settings.warmup_steps, settings.peak_lr, settings.decay_steps, settings.decay_lr)
     optimizer = make_optimizer(schedule, clip=settings.clip_norm, weight_decay=settings.weight_decay)
     state = start_state(source, first_step, config, optimizer, settings.ema_decay)
-    data = TrainingData.for_policy(cache.parent, source, state_noise=settings.state_noise)
+    data = TrainingData.for_policy(cache.parent, source, state_noise=settings.state_noise, held_out=settings.held_out)
 
     shutil.rmtree(payload, ignore_errors=True)
     shutil.rmtree(work.partial)

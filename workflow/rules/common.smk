@@ -182,6 +182,12 @@ def video_settings(run):
     return rollout_settings(run) | {"episodes": min(evaluation["episodes"], evaluation["video_episodes"])}
 
 
+def action_error_settings(run):
+    evaluation = settings(run)["evaluation"]
+    kept = {key: evaluation[key] for key in ("replan_interval", "flow_steps", "policy_seed")}
+    return {"held_out": settings(run)["training"]["held_out"]} | kept
+
+
 # From the wildcards of shared work back to a run that uses it. Equal names mean equal settings, so any such run will do.
 
 

@@ -45,10 +45,52 @@ rule success_table:
     output:
         table="results/{run}/success.csv",
         curve="results/{run}/success.png",
+        stages="results/{run}/stages.csv",
     log:
         "results/{run}/logs/success_table.log",
     params:
         code=code("success_table"),
     shell:
         "{PYTHON} -m demo2eval.success_table --run {wildcards.run} --inputs {input.rollouts}"
-        " --table {output.table} --curve {output.curve} 2>&1 | tee {log}"
+        " --table {output.table} --curve {output.curve} --stages {output.stages} 2>&1 | tee {log}"
+
+
+# Not part of the chain: for finding out why a run fails.
+
+
+rule video_of_failures:
+    input:
+        checkpoint="results/{run}/checkpoints/{step}.json",
+        rollouts="results/{run}/rollouts/{step}.json",
+    output:
+        "results/{run}/failures/{step}.json",
+    log:
+        "results/{run}/logs/video_of_failures_{step}.log",
+    threads: 2
+    resources:
+        gpu=1,
+    params:
+        options=lambda wildcards: options(video_settings(wildcards.run)),
+        code=code("video"),
+    shell:
+        "{JAX_PYTHON} -m demo2eval.video {params.options} --checkpoint {input.checkpoint} --failures-of {input.rollouts}"
+        " --output {output} --workers {threads} 2>&1 | tee {log}"
+
+
+rule action_error:
+    input:
+        checkpoint="results/{run}/checkpoints/{step}.json",
+        cache=lambda wildcards: f"results/caches/{cache_name(wildcards.run)}/manifest.json",
+    output:
+        "results/{run}/action_errors/{step}.json",
+    log:
+        "results/{run}/logs/action_error_{step}.log",
+    threads: 2
+    resources:
+        gpu=1,
+    params:
+        options=lambda wildcards: options(action_error_settings(wildcards.run)),
+        code=code("action_error"),
+    shell:
+        "{JAX_PYTHON} -m demo2eval.action_error {params.options} --checkpoint {input.checkpoint} --cache {input.cache}"
+        " --output {output} 2>&1 | tee {log}"

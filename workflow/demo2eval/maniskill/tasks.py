@@ -16,6 +16,11 @@ class Task:
         state_parts: what the state vector can be made of.
         hidden_goal: the part of the state that holds the goal, where no camera shows it; None where one does.
         longest_demonstration: control steps of the longest demonstration that the motion planner was seen to make.
+        object: what is manipulated, an attribute of ManiSkill's environment.
+        reach: distance, meters, of the tool centre point from it at which it counts as reached.
+        stages: through which a demonstration goes, in order; the last is success (`demo2eval.maniskill.stages`).
+        placed: what ManiSkill's information calls the object's being in its place; None where that is success.
+        half_length: attribute with half the length of a long object, shape [1, 3], along its x axis; None for a compact one.
         robot: ManiSkill's default robot for the task. All of its environments have it, from planning to evaluation: the two Pandas
             start with their last joint turned by 90 degrees from each other.
     """
@@ -25,6 +30,11 @@ class Task:
     hidden_goal: str | None
     longest_demonstration: int
     robot: str
+    object: str
+    reach: float
+    stages: tuple[str, ...]
+    placed: str | None = None
+    half_length: str | None = None
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -33,15 +43,31 @@ class Task:
 
 
 ROBOT_CAMERAS = {"panda": (), "panda_wristcam": ("hand_camera",)}
+STACK, PICK, PUSH = (
+    ("reach", "grasp", "lift", "place", "release"),
+    ("reach", "grasp", "lift", "place", "rest"),
+    ("reach", "move", "place"),
+)
+INSERT = ("reach", "grasp", "lift", "insert")
 TASKS = {
     task.name: task
     for task in (
-        Task("StackCube-v1", ("qpos", "tcp_pose"), None, 120, "panda_wristcam"),
-        Task("PickCube-v1", ("qpos", "tcp_pose", "goal_pos"), "goal_pos", 88, "panda"),
-        Task("PushCube-v1", ("qpos", "tcp_pose"), None, 77, "panda"),
-        Task("PullCube-v1", ("qpos", "tcp_pose", "goal_pos"), None, 79, "panda"),
-        Task("PlaceSphere-v1", ("qpos", "tcp_pose", "bin_pos"), None, 130, "panda"),
-        Task("PegInsertionSide-v1", ("qpos", "tcp_pose"), None, 205, "panda_wristcam"),
+        Task("StackCube-v1", ("qpos", "tcp_pose"), None, 120, "panda_wristcam", "cubeA", 0.025, STACK, "is_cubeA_on_cubeB"),
+        Task("PickCube-v1", ("qpos", "tcp_pose", "goal_pos"), "goal_pos", 88, "panda", "cube", 0.025, PICK, "is_obj_placed"),
+        Task("PushCube-v1", ("qpos", "tcp_pose"), None, 77, "panda", "obj", 0.07, PUSH),
+        Task("PullCube-v1", ("qpos", "tcp_pose", "goal_pos"), None, 79, "panda", "obj", 0.07, PUSH),
+        Task("PlaceSphere-v1", ("qpos", "tcp_pose", "bin_pos"), None, 130, "panda", "obj", 0.025, STACK, "is_obj_on_bin"),
+        Task(
+            "PegInsertionSide-v1",
+            ("qpos", "tcp_pose"),
+            None,
+            205,
+            "panda_wristcam",
+            "peg",
+            0.025,
+            INSERT,
+            half_length="peg_half_sizes",
+        ),
     )
 }
 STATE_DIMS = {"qpos": 9, "tcp_pose": 7, "goal_pos": 3, "bin_pos": 3}

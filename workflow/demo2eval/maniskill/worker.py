@@ -55,6 +55,8 @@ class EpisodeResult:
         first_success_step: number of actions executed when success was first seen; None if never.
         steps: actions executed.
         looks: times the policy was asked.
+        stage: the furthest stage of the task that was seen (`demo2eval.maniskill.stages`).
+        nearest: smallest distance of the tool centre point from the object, meters.
         film: if it was asked for, uint8 [steps + 1, h, w, 3] of ManiSkill's camera for people, which also shows hidden goals.
         successes: for each frame of the film whether success was seen so far.
     """
@@ -65,6 +67,8 @@ class EpisodeResult:
     first_success_step: int | None
     steps: int
     looks: int
+    stage: str
+    nearest: float
     film: np.ndarray | None = None
     successes: np.ndarray | None = None
 
@@ -103,11 +107,12 @@ def play_episode(environment, settings: EpisodeSettings, seed: int, ask: Callabl
     """
     from demo2eval.maniskill.environment import look
     from demo2eval.maniskill.observation import state_vector
+    from demo2eval.maniskill.stages import Progress
 
     # A scene that was used before keeps contacts in its solver: the same seed and actions then end up to centimetres apart. A fresh
     # one costs 0.2 s and makes an episode independent of what the process played before.
     environment.reset(seed=seed, options={"reconfigure": True})
-    history, looks = [], 0
+    history, looks, progress = [], 0, Progress(environment)
     frames = [_film_frame(environment)] if settings.film else []
     while len(history) < settings.max_episode_steps:
         seen = look(environment)
@@ -116,6 +121,7 @@ def play_episode(environment, settings: EpisodeSettings, seed: int, ask: Callabl
         for action in actions[: min(settings.replan_interval, settings.max_episode_steps - len(history))]:
             information = environment.step(action)[4]
             history.append(bool(information["success"]))
+            progress.see(information)
             if settings.film:
                 frames.append(_film_frame(environment))
     once = np.maximum.accumulate([False, *history])
@@ -126,6 +132,8 @@ def play_episode(environment, settings: EpisodeSettings, seed: int, ask: Callabl
         first_success_step=int(np.argmax(once)) if once[-1] else None,
         steps=len(history),
         looks=looks,
+        stage=progress.furthest,
+        nearest=progress.nearest,
         film=np.stack(frames) if frames else None,
         successes=once if frames else None,
     )

@@ -77,6 +77,7 @@ class TrainingData:
         delta_action_mask: list[bool] | None,
         use_quantiles: bool,
         state_noise: float = 0.0,
+        held_out: int = 0,
     ):
         """Open a cache.
 
@@ -91,12 +92,16 @@ class TrainingData:
             use_quantiles: normalise by q01 and q99 rather than by mean and std.
             state_noise: standard deviation, radians, of noise on the seven arm joints, which must lead the state. Differences
                 are taken from the noisy joints, so that what the model is asked for leads back to the demonstration.
+            held_out: the last so many demonstrations are left out.
 
         Raises:
             UserError: if the cache, the norm stats and the model do not fit together.
         """
-        self._episode_last = last_rows(_load(cache, "episode"))
+        episode = _load(cache, "episode")
+        self._episode_last = last_rows(episode)
         self._look_row, self._state, self._action = (_load(cache, name) for name in ("look_row", "state", "action"))
+        # Episodes lie in order, so what is held out are the last looks.
+        self._looks = trained_looks(episode[self._look_row], held_out)
         self._pictures = {model: _load(cache, f"images_{camera}", mmap_mode="r") for model, camera in cameras.items()}
         self._norm_stats, self._prompt = norm_stats, prompt
         self._image_size, self._horizon, self._action_dim = image_size, action_horizon, action_dim
@@ -106,7 +111,7 @@ class TrainingData:
 
     def __len__(self) -> int:
         """Return the number of looks, which is the number of samples in an epoch."""
-        return len(self._look_row)
+        return self._looks
 
     def _check(self, cache: Path) -> None:
         state, actions = self._norm_stats["state"].mean.shape, self._norm_stats["actions"].mean.shape
@@ -164,7 +169,7 @@ class TrainingData:
         return batch
 
     @classmethod
-    def for_policy(cls, cache: Path, checkpoint: Path, *, state_noise: float = 0.0) -> "TrainingData":
+    def for_policy(cls, cache: Path, checkpoint: Path, *, state_noise: float = 0.0, held_out: int = 0) -> "TrainingData":
         """Open a cache for the policy that a checkpoint describes.
 
         Args:
@@ -190,7 +195,23 @@ class TrainingData:
             delta_action_mask=policy.delta_action_mask,
             use_quantiles=policy.use_quantiles,
             state_noise=state_noise,
+            held_out=held_out,
         )
+
+
+def trained_looks(episode: np.ndarray, held_out: int) -> int:
+    """Return how many looks, from the first, training may see if the last `held_out` demonstrations are kept from it.
+
+    Args:
+        episode: [looks] the demonstration of each look, ascending.
+
+    Raises:
+        UserError: if nothing is left.
+    """
+    looks = int(np.searchsorted(episode, episode[-1] + 1 - held_out))
+    if looks == 0:
+        raise UserError(f"training.held_out is {held_out}, and there are {int(episode[-1]) + 1} demonstrations; lower it.")
+    return looks
 
 
 def _load(cache: Path, name: str, **options) -> np.ndarray:
