@@ -1,5 +1,6 @@
 """Fixtures of the whole suite."""
 
+import json
 import os
 from pathlib import Path
 
@@ -41,3 +42,27 @@ def pushcube_replay(pushcube_demos, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("replay") / "shard-000" / "manifest.json"
     replay(Settings(task="PushCube-v1", cameras=["base_camera"], render_every=6), pushcube_demos, output)
     return output
+
+
+@pytest.fixture(scope="session")
+def pushcube_shards(pushcube_replay, tmp_path_factory) -> list[Path]:
+    """Manifests of two shards, which share the three replayed demonstrations: two in the first, one in the second."""
+    import h5py
+
+    from demo2eval.manifest import read_manifest, sha256_file, sha256_text, to_json
+
+    folder, manifests = tmp_path_factory.mktemp("shards"), []
+    description = json.loads(pushcube_replay.with_name("trajectory.json").read_text())
+    for number, part in enumerate((slice(0, 2), slice(2, 3))):
+        shard = folder / f"shard-{number:03d}"
+        shard.mkdir()
+        episodes = description["episodes"][part]
+        (shard / "trajectory.json").write_text(json.dumps(description | {"episodes": episodes}))
+        with h5py.File(pushcube_replay.with_name("trajectory.h5")) as whole, h5py.File(shard / "trajectory.h5", "w") as file:
+            for episode in episodes:
+                whole.copy(f"traj_{episode['episode_id']}", file)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(shard.iterdir())}
+        made = read_manifest(pushcube_replay) | {"files": files, "digest": sha256_text(to_json(files))}
+        (shard / "manifest.json").write_text(to_json(made))
+        manifests.append(shard / "manifest.json")
+    return manifests

@@ -98,6 +98,7 @@ def test_an_unknown_run_names_the_nearest(config):
         ("replay", {"control_mode": "pd_ee_delta_pose"}, "actions.delta"),
         ("replay", {"control_mode": "pd_joint_delta"}, "'pd_joint_delta_pos'"),
         ("replay", {"cameras": {"base_0_rgb": "base"}}, "'base_camera'"),
+        ("demos", {"on_bad": "ignore"}, "refuse, skip"),
         ("dataset", {"state": ["tcp_pose"]}, "qpos"),
         ("dataset", {"state": ["qpos", "goal"]}, "dataset.state"),
         ("model", {"variant": "pi5"}, "'pi05'"),

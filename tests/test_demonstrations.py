@@ -118,6 +118,10 @@ def test_a_repeated_trajectory(pair):
     with h5py.File(pair, "a") as content:
         del content["traj_2"]
         content.copy("traj_0", "traj_2")
+        length = len(content["traj_0/actions"])
+    description = json.loads(pair.with_suffix(".json").read_text())
+    description["episodes"][2]["elapsed_steps"] = length
+    pair.with_suffix(".json").write_text(json.dumps(description))
     assert "traj_2: repeats traj_0" in refused(pair)
 
 

@@ -17,11 +17,11 @@ from demo2eval.training_cache import Settings, training_cache
 
 
 @pytest.fixture(scope="module", params=["video", "png"])
-def stored(request, pushcube_replay, tmp_path_factory) -> tuple[str, Path]:
-    """(how pictures are stored, manifest) of a dataset of two shards, the same demonstrations twice."""
+def stored(request, pushcube_shards, tmp_path_factory) -> tuple[str, Path]:
+    """(how pictures are stored, manifest) of a dataset of two shards."""
     output = tmp_path_factory.mktemp(request.param) / "manifest.json"
     settings = DatasetSettings(prompt="push", cameras=["base_camera"], state=["qpos"], image_storage=request.param, video_crf=0)
-    dataset(settings, [pushcube_replay] * 2, output)
+    dataset(settings, pushcube_shards, output)
     return request.param, output
 
 
@@ -33,7 +33,7 @@ def looks(pushcube_replay) -> np.ndarray:
         for index in range(3):
             camera = file[f"traj_{index}/obs/sensor_data/base_camera"]
             kept.append(camera["rgb"][()][camera["step"][()] < len(file[f"traj_{index}/actions"])])
-    return np.concatenate(kept * 2)
+    return np.concatenate(kept)
 
 
 def make(folder: Path, source: Path, image_size: int, workers: int = 1) -> dict[str, np.ndarray]:

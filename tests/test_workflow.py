@@ -123,6 +123,13 @@ def test_another_run_shares_the_data(checkout):
     assert jobs["train_segment"] == 1
 
 
+def test_skipping_bad_demonstrations_begins_at_the_replay_and_refusing_changes_nothing(checkout):
+    assert planned(checkout, smallest={"demos": {"on_bad": "refuse"}}) == {}
+    jobs = planned(checkout, smallest={"demos": {"on_bad": "skip"}})
+    assert "plan" not in jobs
+    assert jobs["replay"] >= 1
+
+
 def test_full_size_plans_the_whole_chain(checkout):
     jobs = planned(checkout, target="results/stackcube/success.csv")
     assert (jobs["plan"], jobs["replay"], jobs["train_segment"], jobs["rollout"]) == (8, 8, 60, 61)

@@ -24,11 +24,13 @@ from pathlib import Path
 import numpy as np
 
 from demo2eval.cli import option, run, settings_from, stage_parser
+from demo2eval.demonstrations import Finding, Recording, examine, refuse, sift
 from demo2eval.errors import UserError
 from demo2eval.lerobot_reader import IMAGE_PREFIX, PICTURE_AGE, to_array
 from demo2eval.lerobot_writer import KEY_FRAME_INTERVAL, PRESET, Format, Shard, histogram_stats, write_shard
-from demo2eval.manifest import Work, making
+from demo2eval.manifest import Work, making, write_atomic
 from demo2eval.maniskill.observation import JOINTS, state_names
+from demo2eval.replayed import picture_findings, replayed_faults
 
 ARM = JOINTS[:7]
 ACTION_NAMES = {
@@ -51,6 +53,7 @@ class Settings:
     video_crf: int = option("h264 quality, 0 (best) to 51", 10)
     fps: int = option("control steps a second", 20)
     count: int | None = option("take the first so many demonstrations; null: all", None)
+    on_bad: str = option("refuse everything if a demonstration is bad, or skip it", "refuse")
 
 
 @dataclass(frozen=True)
@@ -69,64 +72,65 @@ class Source:
         return [length for shard in self.shards for length in shard.lengths]
 
 
-def survey(replays: list[Path], settings: Settings) -> Source:
-    """Look into every shard and give its demonstrations their episodes and rows.
+def inspect(replays: list[Path], settings: Settings) -> list[Recording]:
+    """Read and check every demonstration of every shard.
 
-    Raises:
-        UserError: if a file is damaged or incomplete, or the shards do not fit together.
+    Pictures are decoded only if some demonstrations are bad already, or may be left out; else while they are written.
     """
+    from tqdm import tqdm
+
+    def observed(group, length: int) -> Iterator[str]:
+        return replayed_faults(group, length, settings.cameras, settings.state)
+
+    recordings = examine([manifest.parent / "trajectory.h5" for manifest in replays], more=observed)
+    for recording, found in zip(recordings, differences(recordings, settings.cameras), strict=True):
+        recording.reject(found)
+    if settings.on_bad == "skip" or any(recording.findings for recording in recordings):
+        for recording in tqdm(recordings, unit="file", mininterval=2, desc="checking pictures"):
+            if recording.demonstrations:
+                names = [demonstration.name for demonstration in recording.demonstrations]
+                recording.reject(picture_findings(recording.file, names, settings.cameras))
+    return recordings
+
+
+def differences(recordings: list[Recording], cameras: list[str]) -> Iterator[list[Finding]]:
+    """Yield for each file the demonstrations that do not go into one dataset with the first."""
+    first = None
+    for recording in recordings:
+        found = []
+        for demonstration in recording.demonstrations:
+            task = recording.description["env_info"]["env_id"]
+            shapes = picture_shapes(recording.file, demonstration.name, cameras)
+            pictures = [f"{width} x {height} pictures of {camera}" for camera, (height, width, _) in shapes.items()]
+            kind = (task, demonstration.control_mode, *pictures)
+            first = first or (recording.file, demonstration.name, kind)
+            for one, wanted in zip(kind, first[2], strict=True):
+                if one != wanted:
+                    reason = f"has {one}, but {first[0]} {first[1]} has {wanted}"
+                    found.append(Finding(recording.file, demonstration.name, reason))
+        yield found
+
+
+def picture_shapes(source: Path, name: str, cameras: list[str]) -> dict[str, tuple[int, int, int]]:
+    """Return the shape of each camera's pictures of a replayed demonstration."""
     import h5py
 
-    shards, seeds, kinds, rows, left = [], [], {}, 0, settings.count
-    for index, manifest in enumerate(replays):
-        source = manifest.parent / "trajectory.h5"
-        episodes = read_episodes(manifest.parent / "trajectory.json")[:left]
-        names = tuple(f"traj_{episode['episode_id']}" for episode in episodes)
-        lengths = []
-        try:
-            with h5py.File(source, "r") as file:
-                for name, episode in zip(names, episodes, strict=True):
-                    lengths.append(len(_dataset(file, f"{name}/actions", source)))
-                    kinds.setdefault(_kind(file, name, episode["control_mode"], settings.cameras, source), source)
-        except OSError as error:
-            raise UserError(f"{source} cannot be read ({error}); delete its manifest and replay it again.") from error
-        if len(kinds) > 1:
-            one, other = list(kinds.values())[:2]
-            raise UserError(f"{one} and {other} differ in control mode, action width or picture size; replay one of them again.")
-        if names:
-            shards.append(Shard(index, source, names, tuple(lengths), len(seeds), rows))
-        seeds += [episode["episode_seed"] for episode in episodes]
-        rows += sum(lengths)
-        left = None if settings.count is None else settings.count - len(seeds)
-    if not shards:
-        raise UserError(f"{replays[0].parent} and the other shards hold no demonstration; plan or replay again.")
-    control_mode, width, shapes = next(iter(kinds))
-    return Source(shards, seeds, control_mode, width, dict(shapes))
+    with h5py.File(source, "r") as file:
+        return {camera: file[f"{name}/obs/sensor_data/{camera}/rgb"].shape[1:] for camera in cameras}
 
 
-def _dataset(file, path: str, source: Path):
-    if path not in file:
-        raise UserError(f"{source} has no {path}; replay these demonstrations again.")
-    return file[path]
-
-
-def _kind(file, name: str, control_mode: str, cameras: list[str], source: Path) -> tuple:
-    """Return what must be the same of every demonstration of a dataset."""
-    shapes = [(camera, _dataset(file, f"{name}/obs/sensor_data/{camera}/rgb", source).shape[1:]) for camera in cameras]
-    return control_mode, file[f"{name}/actions"].shape[1], tuple(shapes)
-
-
-def read_episodes(path: Path) -> list[dict]:
-    """Return the episodes of a trajectory.json.
-
-    Raises:
-        UserError: if it is missing or not what ManiSkill writes.
-    """
-    try:
-        episodes = json.loads(path.read_text(encoding="utf-8"))["episodes"]
-        return [{key: episode[key] for key in ("episode_id", "episode_seed", "control_mode")} for episode in episodes]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{path} is no description of trajectories ({error!r}); replay these demonstrations again.") from error
+def survey(recordings: list[Recording], settings: Settings) -> Source:
+    """Give the demonstrations of all shards, as many as are wanted, their episodes and rows."""
+    shards, taken = [], []
+    for index, recording in enumerate(recordings):
+        here = recording.demonstrations[: None if settings.count is None else settings.count - len(taken)]
+        if here:
+            names, lengths = tuple(one.name for one in here), tuple(len(one.actions) for one in here)
+            rows = sum(len(one.actions) for one in taken)
+            shards.append(Shard(index, recording.file, names, lengths, len(taken), rows))
+        taken += here
+    shapes = picture_shapes(shards[0].source, taken[0].name, settings.cameras)
+    return Source(shards, [one.seed for one in taken], taken[0].control_mode, taken[0].actions.shape[1], shapes)
 
 
 def make_features(settings: Settings, source: Source) -> dict:
@@ -156,29 +160,27 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def write_shards(shards: list[Shard], wanted: Format, partial: Path, workers: int) -> Iterator[Shard]:
-    """Write all shards with `workers` processes and yield each as it is finished."""
+def write_shards(shards: list[Shard], wanted: Format, partial: Path, workers: int) -> Iterator[tuple[Shard, list[Finding]]]:
+    """Write all shards with `workers` processes and yield each as it is finished, with what is wrong with its pictures."""
     from multiprocessing import active_children, get_context
 
     waiting = []
     for shard in shards:
         if (partial / shard.folder_name).is_dir():
-            yield shard
+            yield shard, []
         else:
             waiting.append(shard)
     workers = min(workers, len(waiting))
     if workers <= 1:
         for shard in waiting:
-            write_shard(shard, wanted, partial)
-            yield shard
+            yield shard, write_shard(shard, wanted, partial)
         return
     others = set(active_children())
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
     try:
         futures = {pool.submit(write_shard, shard, wanted, partial): shard for shard in waiting}
         for future in as_completed(futures):
-            future.result()
-            yield futures[future]
+            yield futures[future], future.result()
     except BaseException:
         # Unfinished shards are of no use, so nobody waits for them.
         for process in set(active_children()) - others:
@@ -315,14 +317,18 @@ def dataset(settings: Settings, replays: list[Path], output: Path, *, workers: i
 def _make(settings: Settings, replays: list[Path], work: Work, workers: int) -> None:
     from tqdm import tqdm
 
-    source = survey(replays, settings)
+    recordings = inspect(replays, settings)
+    skipped = sift(recordings, settings.on_bad)
+    source = survey(recordings, settings)
     features = make_features(settings, source)
-    for unfinished in work.partial.glob("shard-*.*"):
-        shutil.rmtree(unfinished)
+    remove_unfit_shards(work.partial, json.dumps(skipped))
     wanted = make_format(settings, features)
+    findings = []
     with tqdm(total=sum(source.lengths), unit="frame", desc="dataset", mininterval=2) as bar:
-        for shard in write_shards(source.shards, wanted, work.partial, workers):
+        for shard, found in write_shards(source.shards, wanted, work.partial, workers):
+            findings += found
             bar.update(sum(shard.lengths))
+    refuse(sorted(findings, key=str))
     psnr = worst_psnr(source.shards, work.partial) if settings.image_storage == "video" else None
     counts = assemble(work, settings, source, features)
     if settings.count is not None and counts["episodes"] < settings.count:
@@ -337,7 +343,17 @@ def _make(settings: Settings, replays: list[Path], work: Work, workers: int) -> 
         lengths=source.lengths,
         control_mode=source.control_mode,
         psnr_db=psnr,
+        skipped=skipped,
     )
+
+
+def remove_unfit_shards(partial: Path, skipped: str) -> None:
+    """Remove unfinished shards, and all if an interrupted run left other demonstrations out: theirs have other numbers."""
+    note = partial / "skipped.json"
+    same = note.exists() and note.read_text(encoding="utf-8") == skipped
+    for folder in partial.glob("shard-*.*" if same else "shard-*"):
+        shutil.rmtree(folder)
+    write_atomic(note, skipped)
 
 
 def make_format(settings: Settings, features: dict) -> Format:

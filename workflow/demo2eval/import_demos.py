@@ -3,7 +3,7 @@
 In:  a ManiSkill trajectory file, .h5 with its .json beside it, of any of the six tasks.
 Out: trajectory.h5 and trajectory.json beside the manifest, with the first `count` demonstrations, or all if there are fewer.
 
-Every trajectory is read and checked; if anything is wrong nothing is written.
+Every trajectory is read and checked. If anything is wrong nothing is written, or bad demonstrations are left out (`on_bad`).
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo2eval.cli import option, run, settings_from, stage_parser
-from demo2eval.demonstrations import read_demonstrations
+from demo2eval.demonstrations import sound_demonstrations
 from demo2eval.manifest import making, write_atomic
 
 
@@ -21,24 +21,26 @@ class Settings:
 
     task: str = option("ManiSkill task of the demonstrations, such as PushCube-v1")
     count: int = option("demonstrations to take")
+    on_bad: str = option("refuse the file if a demonstration is bad, or skip it", "refuse")
 
 
 def copy_demonstrations(source: Path, settings: Settings, folder: Path) -> dict:
-    """Check `source` and copy its first demonstrations into `folder`; return their seeds.
+    """Check `source` and copy its first demonstrations into `folder`; return their seeds and what was left out.
 
     Raises:
         UserError: lists everything that is wrong with the file.
     """
     import h5py
 
-    demonstrations, description = read_demonstrations(source, settings.task)
+    demonstrations, description, skipped = sound_demonstrations(source, settings.task, settings.on_bad)
     episodes = description["episodes"][: settings.count]
     with h5py.File(source, "r") as content, h5py.File(folder / "trajectory.h5", "w") as file:
         for episode in episodes:
             content.copy(f"traj_{episode['episode_id']}", file)
     write_atomic(folder / "trajectory.json", json.dumps(description | {"episodes": episodes}, indent=1))
     kept = demonstrations[: settings.count]
-    return {"demonstrations": len(kept), "found": len(demonstrations), "seeds": [demonstration.seed for demonstration in kept]}
+    seeds = [demonstration.seed for demonstration in kept]
+    return {"demonstrations": len(kept), "found": len(demonstrations), "seeds": seeds, "skipped": skipped}
 
 
 def import_demos(settings: Settings, source: Path, output: Path) -> None:

@@ -1,7 +1,7 @@
 """Writing one shard of a LeRobot v3.0 dataset: the rows as parquet, the pictures as one h264 video a camera or as PNG in the rows.
 
 A shard is written by one process, straight from ManiSkill's HDF5 file, and its bytes depend on the demonstrations alone: the encoder
-runs with one thread, since x264's output changes with their number.
+runs with one thread, since x264's output changes with their number. Everything but the pictures was checked before.
 """
 
 import io
@@ -17,9 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from demo2eval.demonstrations import Finding
 from demo2eval.errors import UserError
 from demo2eval.lerobot_reader import IMAGE_PREFIX, PICTURE_AGE
 from demo2eval.maniskill.observation import state_vector
+from demo2eval.replayed import UnfitPictures, picture_findings, read_pictures
 
 # One second: a row at random is at most this many frames from a key frame. LeRobot uses 2, for files three to five times as large.
 KEY_FRAME_INTERVAL = 20
@@ -72,58 +74,30 @@ class Format:
     fps: int
 
 
-def read(group, path: str, source: Path, stop: int | None = None) -> np.ndarray:
-    """Return the array at `path` of an HDF5 group, up to row `stop`.
-
-    Raises:
-        UserError: if it is missing or damaged.
-    """
-    name = group.name.strip("/")
-    if path not in group:
-        raise UserError(f"{source}: {name} has no {path}; replay these demonstrations again.")
-    try:
-        return group[path][:stop]
-    except OSError as error:
-        raise UserError(f"{source}: {path} of {name} is damaged ({error}); delete its manifest and replay it again.") from error
-
-
-def read_state(group, parts: tuple[str, ...], length: int, source: Path) -> np.ndarray:
+def read_state(group, parts: tuple[str, ...], length: int) -> np.ndarray:
     """Return the state vector before each action, float32 [length, state dim]; the observation after the last is dropped."""
-    arrays = {}
-    for part in parts:
-        place = f"obs/agent/{part}" if f"obs/agent/{part}" in group else f"obs/extra/{part}"
-        arrays[part] = read(group, place, source, length)
-        if len(arrays[part]) != length:
-            raise UserError(f"{source}: {group.name.strip('/')}/{place} has {len(arrays[part])} rows for {length} actions.")
-    return state_vector(parts, arrays)
+    places = {part: f"obs/agent/{part}" if f"obs/agent/{part}" in group else f"obs/extra/{part}" for part in parts}
+    return state_vector(parts, {part: group[place][:length] for part, place in places.items()})
 
 
-def picture_of_row(group, cameras: tuple[str, ...], length: int, source: Path) -> tuple[np.ndarray, np.ndarray]:
+def picture_of_row(group, cameras: tuple[str, ...], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return for each row the index of the newest picture, and how many steps old it is.
 
     Returns:
         (index, age): int64 [length] each.
+    """
+    steps = group[f"obs/sensor_data/{cameras[0]}/step"][()]
+    index = np.searchsorted(steps, np.arange(length), side="right") - 1
+    return index, np.arange(length) - steps[index]
+
+
+def pictures_of_rows(group, camera: str, index: np.ndarray) -> np.ndarray:
+    """Return the pictures that the rows look at, uint8 [index[-1] + 1, h, w, 3].
 
     Raises:
-        UserError: if the cameras were not rendered at the same steps, or nothing was rendered at step 0.
+        UnfitPictures: if any of the demonstration's is damaged or shows nothing.
     """
-    steps = [read(group, f"obs/sensor_data/{camera}/step", source) for camera in cameras]
-    first = steps[0]
-    name = group.name.strip("/")
-    if any(not np.array_equal(first, other) for other in steps[1:]):
-        raise UserError(f"{source}: the cameras of {name} were rendered at different steps; replay it again.")
-    if len(first) == 0 or first[0] != 0 or (np.diff(first) <= 0).any():
-        raise UserError(f"{source}: the rendered steps of {name} do not rise from 0; replay it again.")
-    index = np.searchsorted(first, np.arange(length), side="right") - 1
-    return index, np.arange(length) - first[index]
-
-
-def read_pictures(group, camera: str, index: np.ndarray, source: Path) -> np.ndarray:
-    """Return the pictures that the rows look at, uint8 [index[-1] + 1, h, w, 3]."""
-    pictures = read(group, f"obs/sensor_data/{camera}/rgb", source, index[-1] + 1)
-    if len(pictures) <= index[-1]:
-        raise UserError(f"{source}: {group.name.strip('/')} has fewer pictures of {camera} than rendered steps; replay it again.")
-    return pictures
+    return read_pictures(group, camera)[: index[-1] + 1]
 
 
 def histogram(pictures: np.ndarray) -> np.ndarray:
@@ -143,7 +117,7 @@ def demonstrations(shard: Shard, wanted: Format) -> Iterator[tuple[int, object, 
         with h5py.File(shard.source, "r") as file:
             for number, (name, length) in enumerate(zip(shard.trajectories, shard.lengths, strict=True)):
                 group = file[name]
-                index, age = picture_of_row(group, wanted.cameras, length, shard.source)
+                index, age = picture_of_row(group, wanted.cameras, length)
                 yield number, group, index, age
     except OSError as error:
         raise UserError(f"{shard.source} cannot be read ({error}); delete its manifest and replay it again.") from error
@@ -161,7 +135,7 @@ def write_video(path: Path, shard: Shard, camera: str, wanted: Format) -> np.nda
         options = {"crf": str(wanted.video_crf), "preset": PRESET, "g": str(KEY_FRAME_INTERVAL), "bf": "0"}
         stream = None
         for _, group, index, _ in demonstrations(shard, wanted):
-            pictures = read_pictures(group, camera, index, shard.source)
+            pictures = pictures_of_rows(group, camera, index)
             histograms.append(histogram(pictures))
             if stream is None:
                 stream = container.add_stream("libx264", rate=wanted.fps, options=options)
@@ -195,23 +169,16 @@ def vectors(values: np.ndarray) -> pa.FixedSizeListArray:
 
 
 def write_rows(path: Path, shard: Shard, wanted: Format) -> dict[str, np.ndarray]:
-    """Write the parquet file of a shard, a row group for each demonstration; return the histograms of PNG pictures by camera.
-
-    Raises:
-        UserError: if an array is missing, too short, or holds NaN or infinity.
-    """
+    """Write the parquet file of a shard, a row group for each demonstration; return the histograms of PNG pictures by camera."""
     histograms: dict[str, list] = {camera: [] for camera in wanted.cameras}
     row = shard.first_row
     with pq.ParquetWriter(path, wanted.schema, compression="snappy", use_dictionary=True) as writer:
         for number, group, index, age in demonstrations(shard, wanted):
             length = len(index)
             columns = {
-                "action": read(group, "actions", shard.source).astype(np.float32),
-                "observation.state": read_state(group, wanted.state, length, shard.source),
+                "action": group["actions"][()],
+                "observation.state": read_state(group, wanted.state, length),
             }
-            for name, values in columns.items():
-                if not np.isfinite(values).all():
-                    raise UserError(f"{shard.source}: {group.name.strip('/')} holds NaN or infinity in {name}; leave it out.")
             frame = np.arange(length)
             arrays = {name: vectors(values) for name, values in columns.items()} | {
                 PICTURE_AGE: pa.array(age),
@@ -223,7 +190,7 @@ def write_rows(path: Path, shard: Shard, wanted: Format) -> dict[str, np.ndarray
             }
             if wanted.video_crf is None:
                 for camera in wanted.cameras:
-                    pictures = read_pictures(group, camera, index, shard.source)
+                    pictures = pictures_of_rows(group, camera, index)
                     histograms[camera].append(histogram(pictures))
                     encoded = [encode_png(picture) for picture in pictures]
                     arrays[IMAGE_PREFIX + camera] = pa.array(
@@ -240,7 +207,7 @@ def video_psnr(path: Path, shard: Shard, camera: str, wanted: Format) -> float:
 
     with closing(demonstrations(shard, wanted)) as items:
         _, group, index, age = next(items)
-        pictures = read_pictures(group, camera, index, shard.source)
+        pictures = pictures_of_rows(group, camera, index)
     errors = []
     with av.open(str(path)) as container:
         for row, frame in zip(range(len(index)), container.decode(video=0), strict=False):
@@ -250,17 +217,31 @@ def video_psnr(path: Path, shard: Shard, camera: str, wanted: Format) -> float:
     return float(10 * np.log10(255**2 / max(np.mean(errors), 1e-9)))
 
 
-def write_shard(shard: Shard, wanted: Format, partial: Path) -> None:
+def write_shard(shard: Shard, wanted: Format, partial: Path) -> list[Finding]:
     """Write a shard's files into `partial`/shard-NNN, at once by a rename; a finished one is left as it is.
 
     Files: data.parquet, histogram_<camera>.npy and, for videos, <camera>.mp4 and psnr.json (dB by camera).
+
+    Returns:
+        what is wrong with its pictures, which are decoded here and nowhere else; if anything is, nothing is left of the shard.
     """
     finished = partial / shard.folder_name
     if finished.is_dir():
-        return
+        return []
     folder = partial / f"{shard.folder_name}.{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    try:
+        write_files(folder, shard, wanted)
+    except UnfitPictures:
+        shutil.rmtree(folder)
+        return picture_findings(shard.source, shard.trajectories, wanted.cameras)
+    folder.rename(finished)
+    return []
+
+
+def write_files(folder: Path, shard: Shard, wanted: Format) -> None:
+    """Write a shard's files into an empty folder; see `write_shard`."""
     histograms = write_rows(folder / "data.parquet", shard, wanted)
     if wanted.video_crf is not None:
         histograms = {camera: write_video(folder / f"{camera}.mp4", shard, camera, wanted) for camera in wanted.cameras}
@@ -268,7 +249,6 @@ def write_shard(shard: Shard, wanted: Format, partial: Path) -> None:
         (folder / "psnr.json").write_text(json.dumps(psnr))
     for camera, values in histograms.items():
         np.save(folder / f"histogram_{camera}.npy", values)
-    folder.rename(finished)
 
 
 def histogram_stats(counts: np.ndarray) -> dict[str, np.ndarray]:

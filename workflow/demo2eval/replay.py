@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from demo2eval.cli import option, run, settings_from, stage_parser
-from demo2eval.demonstrations import Demonstration, read_demonstrations
+from demo2eval.demonstrations import Demonstration, sound_demonstrations
 from demo2eval.errors import UserError
 from demo2eval.manifest import making, write_atomic
 from demo2eval.maniskill.environment import limit_threads, look, make_environment, state_parts
@@ -34,6 +34,7 @@ class Settings:
     cameras: list = option('cameras to render, such as ["base_camera"]')
     image_size: int = option("side of the pictures, pixels", 128)
     render_every: int = option("render every k-th control step", 1)
+    on_bad: str = option("refuse the shard if a demonstration is bad, or skip it", "refuse")
 
 
 def look_steps(length: int, render_every: int, index: int) -> np.ndarray:
@@ -195,7 +196,7 @@ def replay_shard(settings: Settings, source: Path, folder: Path) -> dict:
     import h5py
     from tqdm import tqdm
 
-    demonstrations, description = read_demonstrations(source / "trajectory.h5", settings.task)
+    demonstrations, description, skipped = sound_demonstrations(source / "trajectory.h5", settings.task, settings.on_bad)
     mode = check_source(settings, demonstrations, source / "trajectory.h5")
     environment = make_environment(
         settings.task, control_mode=settings.control_mode, cameras=settings.cameras, image_size=settings.image_size
@@ -217,7 +218,7 @@ def replay_shard(settings: Settings, source: Path, folder: Path) -> dict:
     description["env_info"]["env_kwargs"] = recorded | {"obs_mode": "rgb", "control_mode": settings.control_mode}
     write_atomic(folder / "trajectory.json", json.dumps(description | {"episodes": episodes}, indent=1))
     seeds = [episode["episode_seed"] for episode in episodes]
-    return {"demonstrations": len(seeds), "seeds": seeds, "lost_in_conversion": lost}
+    return {"demonstrations": len(seeds), "seeds": seeds, "lost_in_conversion": lost, "skipped": skipped}
 
 
 def episode_entry(index: int, demonstration: Demonstration) -> dict:

@@ -72,10 +72,18 @@ def name(run, stage, values):
 # What each stage is given, as options of its module. The names of shared work follow from these.
 
 
+def on_bad(run):
+    """What is to be done about bad demonstrations, as a setting of the stages that read them; nothing where they are refused."""
+    wanted = settings(run)["demos"]["on_bad"]
+    return {} if wanted == "refuse" else {"on_bad": wanted}
+
+
 def demos_settings(run):
     demos = settings(run)["demos"]
-    kept = ("shard_size", "first_seed") if demos["source"] == "plan" else ("count",)
-    return {"task": settings(run)["task"], "source": demos["source"]} | {key: demos[key] for key in kept}
+    planned = demos["source"] == "plan"
+    kept = ("shard_size", "first_seed") if planned else ("count",)
+    common = {"task": settings(run)["task"], "source": demos["source"]} | {key: demos[key] for key in kept}
+    return common | ({} if planned else on_bad(run))
 
 
 def demos_name(run):
@@ -92,7 +100,7 @@ def replay_settings(run):
         "cameras": sorted(replay["cameras"].values()),
         "image_size": replay["image_size"],
         "render_every": replay["render_every"],
-    }
+    } | on_bad(run)
 
 
 def replay_name(run):
@@ -102,13 +110,17 @@ def replay_name(run):
 def dataset_settings(run):
     dataset = settings(run)["dataset"]
     video = {"video_crf": dataset["video_crf"]} if dataset["image_storage"] == "video" else {}
-    return {
-        "prompt": settings(run)["prompt"],
-        "cameras": sorted(settings(run)["replay"]["cameras"].values()),
-        "state": dataset["state"],
-        "image_storage": dataset["image_storage"],
-        "count": settings(run)["demos"]["count"],
-    } | video
+    return (
+        {
+            "prompt": settings(run)["prompt"],
+            "cameras": sorted(settings(run)["replay"]["cameras"].values()),
+            "state": dataset["state"],
+            "image_storage": dataset["image_storage"],
+            "count": settings(run)["demos"]["count"],
+        }
+        | video
+        | on_bad(run)
+    )
 
 
 def dataset_name(run):
@@ -216,7 +228,7 @@ def demos_source(wildcards):
 
 def taken_options(wildcards):
     run = run_of(demos_name, wildcards.demos)
-    return options({"task": settings(run)["task"], "count": settings(run)["demos"]["count"]})
+    return options({"task": settings(run)["task"], "count": settings(run)["demos"]["count"]} | on_bad(run))
 
 
 def shards(stage, naming):
