@@ -1,6 +1,6 @@
 """What each stage took, from the manifests of runs that are there: a table in Markdown, a line for each stage of each run.
 
-    python benchmarks/data_stages.py                       # the runs of config/datasets.yaml, below results/
+    .venv/bin/python benchmarks/data_stages.py                 # the runs of config/datasets.yaml, below results/
     python benchmarks/data_stages.py --runs small_stackcube
 
 Nothing is measured here; config/datasets.yaml says how to make its runs. From a run's norm stats the way leads back over the inputs to
