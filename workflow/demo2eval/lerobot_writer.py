@@ -260,7 +260,18 @@ def write_shard(shard: Shard, wanted: Format, partial: Path) -> None:
         return
     folder = partial / f"{shard.folder_name}.{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    try:
+        folder.mkdir()
+        write_files(folder, shard, wanted)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        # PyAV's own kind of error does not travel between processes.
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from None
+    folder.rename(finished)
+
+
+def write_files(folder: Path, shard: Shard, wanted: Format) -> None:
+    """Write a shard's files, see `write_shard`."""
     histograms = write_rows(folder / "data.parquet", shard, wanted)
     if wanted.video_crf is not None:
         histograms = {camera: write_video(folder / f"{camera}.mp4", shard, camera, wanted) for camera in wanted.cameras}
@@ -268,7 +279,6 @@ def write_shard(shard: Shard, wanted: Format, partial: Path) -> None:
         (folder / "psnr.json").write_text(json.dumps(psnr))
     for camera, values in histograms.items():
         np.save(folder / f"histogram_{camera}.npy", values)
-    folder.rename(finished)
 
 
 def histogram_stats(counts: np.ndarray) -> dict[str, np.ndarray]:
