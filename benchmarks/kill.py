@@ -5,13 +5,14 @@
 Copies of this checkout run the chain from demonstrations to dataset as a user would (`snakemake --until dataset`), with the real planner
 and simulator at a small size. The first copy is left alone. In every other one, Snakemake and all its jobs are killed (SIGKILL to the
 process group) once in each stage, at an instant drawn from the time that the stage took undisturbed; each kill is followed by the same
-command.
+command. In every second copy Snakemake alone is killed, and its jobs live on.
 At the end a copy must hold the same files as the first: HDF5, parquet, mp4 and metadata byte for byte, the decoded pictures, and all that
 manifests say but times. Work that was finished when the kill came must be untouched, nothing may be left over, and the command, given once
 more, must find nothing to do. The exit status is 1 otherwise.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -41,6 +42,7 @@ class Kill:
     copy: str
     rule: str
     wanted: float
+    alone: bool = False
     seconds: float | None = None
     finished: dict[Path, tuple] = field(default_factory=dict)
     kept: bool | None = None
@@ -102,18 +104,23 @@ class Command:
             raise RuntimeError(f"the command ended with status {status}:\n{self.said[-6000:]}")
         return self.said
 
-    def kill(self, rule: str, delay: float) -> float | None:
-        """Kill the command and its jobs `delay` seconds after the first job of `rule` began; None if it ended before."""
+    def kill(self, rule: str, delay: float, *, alone: bool) -> float | None:
+        """Kill Snakemake, with its jobs or alone, `delay` seconds after the first job of `rule` began; None if it ended before."""
         while self.process.poll() is None and (rule not in self.began or time.time() < self.began[rule] + delay):
             time.sleep(0.002)
         if self.process.poll() is not None:
             self.wait()
             return None
-        os.killpg(self.process.pid, signal.SIGKILL)
+        (os.kill if alone else os.killpg)(self.process.pid, signal.SIGKILL)
         seconds = time.time() - self.began[rule]
         self.process.wait()
-        self._reader.join()
         return seconds
+
+    def stop(self) -> None:
+        """Kill the command, if it lives, and the jobs that it left."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def finished(folder: Path) -> dict[Path, tuple]:
@@ -173,7 +180,7 @@ def differences(one: Path, other: Path) -> list[str]:
 def disturb(folder: Path, undisturbed: Path, kills: list[Kill], cores: int) -> list[str]:
     """Kill as told, give the same command after each, and return what was lost, a line each."""
     for kill in kills:
-        kill.seconds = Command(folder, cores).kill(kill.rule, kill.wanted)
+        kill.seconds = Command(folder, cores).kill(kill.rule, kill.wanted, alone=kill.alone)
         kill.finished = finished(folder)
     Command(folder, cores).wait()
     found = differences(undisturbed, folder)
@@ -200,7 +207,7 @@ def run(folder: Path, *, instants: int, seed: int, shards: int, demonstrations: 
     # As many equal parts of a stage's time as there are kills in it, one kill somewhere in each.
     shares = {rule: draw.sample(range(copies), copies) for rule in STAGES}
     kills = [
-        Kill(f"killed-{copy}", rule, took[rule] * (shares[rule][copy] + draw.random()) / copies)
+        Kill(f"killed-{copy}", rule, took[rule] * (shares[rule][copy] + draw.random()) / copies, copy % 2 == 1)
         for copy in range(copies)
         for rule in STAGES
     ][:instants]
@@ -213,7 +220,10 @@ def run(folder: Path, *, instants: int, seed: int, shards: int, demonstrations: 
         for kill in own:
             told = "came too late" if kill.seconds is None else f"{kill.seconds:6.2f} s"
             kept = "kept" if kill.kept else "MADE AGAIN"
-            print(f"{name:10s} {kill.rule:8s} {told}   finished then, {kept}: {kill.counts}", flush=True)
+            print(
+                f"{name:10s} {kill.rule:8s} {told}{' (alone)' if kill.alone else ''}   finished then, {kept}: {kill.counts}",
+                flush=True,
+            )
         print(f"{name:10s} {'; '.join(lost[name]) or 'the same as undisturbed'}", flush=True)
     return kills, lost
 

@@ -49,6 +49,7 @@ def be_alone_or_beside_the_living():
     a lock of the kernel's, which ends with its process. Where the file system has none, Snakemake says what to do.
     """
     try:
+        Path(".snakemake").mkdir(exist_ok=True)
         alive = open(".snakemake/alive.lock", "a")
         try:
             fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
