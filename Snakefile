@@ -31,3 +31,10 @@ include: "workflow/rules/evaluation.smk"
 
 onstart:
     check_before_work()
+
+
+onerror:
+    print(
+        "A job failed; its log, named above, says why. What is finished stays: the same command goes on from there.",
+        file=sys.stderr,
+    )

@@ -1,6 +1,8 @@
 """The LeRobot dataset: the official reader gives back what was demonstrated, and nothing but the demonstrations decides its bytes."""
 
 import json
+import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -116,13 +118,17 @@ def test_workers_change_nothing(stored, pushcube_shards, tmp_path):
     assert other["digest"] == manifest["digest"]
 
 
+def command(folder: Path, replays: list[Path]) -> list[str]:
+    """The command line that makes the dataset of `make` with two workers."""
+    words = ["-m", "demo2eval.dataset", "--prompt", PROMPT, "--cameras", '["base_camera"]', "--state", json.dumps(STATE)]
+    places = ["--inputs", *map(str, replays), "--output", str(folder / "manifest.json")]
+    return [sys.executable, *words, "--video-crf", "0", *places, "--workers", "2"]
+
+
 def test_killed_and_started_again_it_ends_the_same(pushcube_shards, tmp_path):
     undisturbed = make(tmp_path / "undisturbed", pushcube_shards)
     tmp_path = tmp_path / "killed"
-    command = [sys.executable, "-m", "demo2eval.dataset", "--prompt", PROMPT, "--cameras", '["base_camera"]']
-    command += ["--state", json.dumps(STATE), "--video-crf", "0"]
-    command += ["--inputs", *map(str, pushcube_shards), "--output", str(tmp_path / "manifest.json"), "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(tmp_path, pushcube_shards), stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob(".manifest.partial-*/shard-*")):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -132,6 +138,42 @@ def test_killed_and_started_again_it_ends_the_same(pushcube_shards, tmp_path):
     again = make(tmp_path, pushcube_shards, workers=2)
     assert again["digest"] == undisturbed["digest"]
     assert not list(tmp_path.glob(".manifest.partial-*"))
+
+
+def test_a_killed_worker_costs_its_shard_alone(pushcube_shards, tmp_path):
+    process = subprocess.Popen(command(tmp_path, pushcube_shards), stderr=subprocess.PIPE, text=True)
+    while not (begun := list(tmp_path.glob(".manifest.partial-*/shard-*.*"))):
+        time.sleep(0.002)
+    os.kill(int(begun[0].suffix[1:]), signal.SIGKILL)
+    killed = pushcube_shards[int(begun[0].name.split(".")[0].removeprefix("shard-"))]
+    said = process.communicate()[1]
+    assert process.returncode == 1, said
+    assert f"error: {killed.parent / 'trajectory.h5'}: the process that wrote this shard" in said
+    assert "run the same command again" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "manifest.json").exists()
+    assert len([path for path in tmp_path.glob(".manifest.partial-*/shard-*") if not path.suffix]) == len(pushcube_shards) - 1
+    again = make(tmp_path, pushcube_shards)
+    assert again["digest"] == make(tmp_path / "undisturbed", pushcube_shards)["digest"]
+
+
+# The second is more than the rows need and less than the video.
+@pytest.mark.parametrize("largest_file", [4_000, 60_000])
+def test_a_full_disk_is_one_sentence_and_nothing_is_finished(pushcube_shards, tmp_path, largest_file):
+    result = subprocess.run(
+        command(tmp_path, pushcube_shards),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1, result.stderr
+    assert f"{tmp_path} cannot be written, the disk is full" in result.stderr
+    assert "shard-00" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "manifest.json").exists()
+    assert not (tmp_path / "lerobot").exists()
+    assert all(path.suffix for path in tmp_path.glob(".manifest.partial-*/shard-*"))
+    assert make(tmp_path, pushcube_shards)["facts"]["episodes"] == 3
 
 
 def test_finished_shards_are_not_written_again(pushcube_shards, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Norm stats: those of every action chunk, computed the slow way; bad input is a sentence."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -111,6 +112,23 @@ def test_the_file_is_openpis_and_the_manifest_names_what_hardly_varies(pushcube,
     assert facts["rows"] == len(columns["action"])
     # PushCube keeps its gripper closed.
     assert [note for note in facts["notes"] if note.startswith("action gripper: std 0")]
+
+
+def test_every_dimension_is_listed_with_its_range(pushcube, columns, tmp_path):
+    norm_stats(Settings(action_horizon=HORIZON, delta_action_mask=MASK, scale_floor=0.5), pushcube, tmp_path / "manifest.json")
+    with open(tmp_path / "ranges.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    state = columns["observation.state"].astype(np.float64)
+    assert [row["column"] for row in rows] == ["observation.state"] * state.shape[1] + ["action"] * 8
+    assert rows[0]["dimension"] == "panda_joint1"
+    for dimension, row in enumerate(rows[: state.shape[1]]):
+        values = state[:, dimension]
+        expected = [values.min(), np.quantile(values, 0.01), values.mean(), values.std(), np.quantile(values, 0.99), values.max()]
+        assert [float(row[key]) for key in ("min", "q01", "mean", "std", "q99", "max")] == pytest.approx(
+            expected, rel=1e-5, abs=1e-6
+        )
+    # The gripper's commands, which are no differences, stay as they are.
+    assert (float(rows[-1]["min"]), float(rows[-1]["max"])) == (columns["action"][:, 7].min(), columns["action"][:, 7].max())
 
 
 @pytest.mark.parametrize(("column", "value"), [("action", np.nan), ("observation.state", np.inf)])

@@ -1,6 +1,9 @@
 """Replay: the actions of the demonstrations, and the pictures that a robot doing them would have seen."""
 
 import dataclasses
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -9,8 +12,10 @@ import pytest
 
 from demo2eval.demonstrations import read_demonstrations
 from demo2eval.errors import UserError
+from demo2eval.import_demos import Settings as ImportSettings
+from demo2eval.import_demos import import_demos
 from demo2eval.manifest import read_manifest
-from demo2eval.maniskill.environment import look, make_environment
+from demo2eval.maniskill.environment import look, make_environment, render_backend
 from demo2eval.maniskill.worker import EpisodeSettings, make_simulator, play_episode
 from demo2eval.replay import Settings, check_states, converted, flatten_state, look_steps, observe, replay
 
@@ -158,3 +163,112 @@ def test_demonstrations_in_another_mode_cannot_be_converted_back(converted_shard
     settings = Settings(task="PushCube-v1", cameras=["base_camera"], control_mode="pd_joint_pos")
     with pytest.raises(UserError, match="pd_ee_delta_pose"):
         replay(settings, converted_shard, tmp_path / "back" / "manifest.json")
+
+
+RENDERED_SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def rendered_file(pushcube_demos, tmp_path_factory) -> Path:
+    """A file that ManiSkill itself recorded with pictures: two demonstrations, played again in its rgb mode."""
+    import gymnasium
+    import mani_skill.envs  # noqa: F401  (registers the tasks)
+    from mani_skill.utils.wrappers.record import RecordEpisode
+
+    folder = tmp_path_factory.mktemp("rendered")
+    environment = gymnasium.make(
+        "PushCube-v1",
+        obs_mode="rgb",
+        control_mode="pd_joint_pos",
+        sim_backend="physx_cpu",
+        render_backend=render_backend(),
+        sensor_configs={"width": RENDERED_SIZE, "height": RENDERED_SIZE},
+        max_episode_steps=400,
+    )
+    environment = RecordEpisode(environment, str(folder), trajectory_name="rendered", save_video=False)
+    for demonstration in read_demonstrations(pushcube_demos.parent / "trajectory.h5", "PushCube-v1")[0][:2]:
+        environment.reset(seed=demonstration.seed, options={"reconfigure": True})
+        for action in demonstration.actions:
+            environment.step(action)
+    environment.close()
+    return folder / "rendered.h5"
+
+
+@pytest.fixture
+def imported(rendered_file, tmp_path) -> Path:
+    """Manifest of these demonstrations, taken from the file as a user's are."""
+    output = tmp_path / "imported" / "shard-000" / "manifest.json"
+    import_demos(ImportSettings(task="PushCube-v1", count=2), rendered_file, output)
+    return output
+
+
+def rendered_settings(**changes) -> Settings:
+    return Settings(**({"task": "PushCube-v1", "cameras": ["base_camera"], "image_size": RENDERED_SIZE} | changes))
+
+
+@pytest.mark.parametrize("render_every", [1, 5])
+def test_pictures_that_are_there_are_taken_as_they_are(imported, rendered_file, tmp_path, monkeypatch, render_every):
+    def refuse(*_, **__):
+        raise AssertionError("no simulator is needed")
+
+    monkeypatch.setattr("demo2eval.replay.make_environment", refuse)
+    output = tmp_path / "shard-000" / "manifest.json"
+    replay(rendered_settings(render_every=render_every), imported, output)
+    facts = read_manifest(output)["facts"]
+    assert facts["already_rendered"] == facts["demonstrations"] == 2
+    with h5py.File(rendered_file) as recorded, h5py.File(output.parent / "trajectory.h5") as replayed:
+        for index, name in enumerate(recorded):
+            before, after = recorded[name], replayed[name]
+            looks = look_steps(len(before["actions"]), render_every, index)
+            pictures = before["obs/sensor_data/base_camera/rgb"][()]
+            assert pictures.std() > 10
+            np.testing.assert_array_equal(after["obs/sensor_data/base_camera/step"], looks)
+            np.testing.assert_array_equal(after["obs/sensor_data/base_camera/rgb"], pictures[looks])
+            for place in ("actions", "obs/agent/qpos", "obs/extra/tcp_pose"):
+                np.testing.assert_array_equal(after[place], before[place])
+
+
+def test_pictures_of_another_size_are_rendered_and_look_alike(imported, rendered_file, tmp_path):
+    output = tmp_path / "shard-000" / "manifest.json"
+    replay(rendered_settings(image_size=2 * RENDERED_SIZE, render_every=60), imported, output)
+    assert read_manifest(output)["facts"]["already_rendered"] == 0
+    with h5py.File(rendered_file) as recorded, h5py.File(output.parent / "trajectory.h5") as replayed:
+        new = replayed["traj_0/obs/sensor_data/base_camera"]
+        smaller = new["rgb"][()].reshape(-1, RENDERED_SIZE, 2, RENDERED_SIZE, 2, 3).mean(axis=(2, 4))
+        old = recorded["traj_0/obs/sensor_data/base_camera/rgb"][()][new["step"][()]]
+        # Without anti-aliasing edges differ; the same upside down is another picture.
+        assert np.abs(smaller - old).mean() < np.abs(smaller - old[:, ::-1]).mean() / 3
+
+
+def test_another_control_mode_does_not_take_the_pictures(imported, tmp_path):
+    output = tmp_path / "shard-000" / "manifest.json"
+    replay(rendered_settings(control_mode="pd_joint_delta_pos", render_every=60), imported, output)
+    facts = read_manifest(output)["facts"]
+    assert facts["demonstrations"] > 0
+    assert facts["already_rendered"] == 0
+
+
+def test_a_recorded_state_that_is_not_finite_is_a_sentence(imported, tmp_path):
+    with h5py.File(imported.parent / "trajectory.h5", "r+") as file:
+        file["traj_1/obs/agent/qpos"][3, 2] = np.nan
+    with pytest.raises(UserError, match=r"trajectory.h5 traj_1: obs/agent/qpos holds NaN"):
+        replay(rendered_settings(), imported, tmp_path / "shard-000" / "manifest.json")
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_finished(imported, tmp_path):
+    output = tmp_path / "shard-000" / "manifest.json"
+    words = ["--task", "PushCube-v1", "--cameras", '["base_camera"]', "--image-size", str(RENDERED_SIZE)]
+    result = subprocess.run(
+        [sys.executable, "-m", "demo2eval.replay", *words, "--input", str(imported), "--output", str(output)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,) * 2),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1, result.stderr
+    assert f"{output.parent} cannot be written, the disk is full" in result.stderr
+    assert "trajectory.h5" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not output.exists()
+    assert not (output.parent / "trajectory.h5").exists()
+    replay(rendered_settings(), imported, output)
+    assert read_manifest(output)["facts"]["demonstrations"] == 2

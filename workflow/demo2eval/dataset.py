@@ -17,7 +17,8 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,19 +176,38 @@ def write_shards(shards: list[Shard], wanted: Format, partial: Path, workers: in
         for shard in waiting:
             yield shard, write_shard(shard, wanted, partial)
         return
-    others = set(active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
-    try:
-        futures = {pool.submit(write_shard, shard, wanted, partial): shard for shard in waiting}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BaseException:
-        # Unfinished shards are of no use, so nobody waits for them.
-        for process in set(active_children()) - others:
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    others, here = set(active_children()), threading.local()
+
+    def write(shard: Shard) -> list[Finding]:
+        # A process of its own for each thread: one that crashes takes no other shard along, and is known to be this shard's.
+        if not hasattr(here, "process"):
+            here.process = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
+        try:
+            return here.process.submit(write_shard, shard, wanted, partial).result()
+        except BrokenProcessPool:
+            del here.process
+            raise
+
+    crashed = []
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(write, shard): shard for shard in waiting}
+        try:
+            for future in as_completed(futures):
+                if isinstance(future.exception(), BrokenProcessPool):
+                    crashed.append(futures[future])
+                    continue
+                yield futures[future], future.result()
+        except BaseException:
+            # Unfinished shards are of no use, so nobody waits for them.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
+    if crashed:
+        raise UserError(
+            f"{', '.join(str(shard.source) for shard in crashed)}: the process that wrote this shard of the dataset was killed or "
+            f"crashed (out of memory?); the other shards are finished, run the same command again, with fewer --workers if memory is short."
+        )
 
 
 def column_stats(values: np.ndarray) -> dict[str, np.ndarray]:

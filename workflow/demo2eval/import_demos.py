@@ -32,9 +32,11 @@ def copy_demonstrations(source: Path, settings: Settings, folder: Path) -> dict:
     """
     import h5py
 
+    from demo2eval.hdf5 import NewFile
+
     demonstrations, description, skipped = sound_demonstrations(source, settings.task, settings.on_bad)
     episodes = description["episodes"][: settings.count]
-    with h5py.File(source, "r") as content, h5py.File(folder / "trajectory.h5", "w") as file:
+    with h5py.File(source, "r") as content, NewFile(folder / "trajectory.h5") as file:
         for episode in episodes:
             content.copy(f"traj_{episode['episode_id']}", file)
     write_atomic(folder / "trajectory.json", json.dumps(description | {"episodes": episodes}, indent=1))

@@ -230,12 +230,16 @@ def write_shard(shard: Shard, wanted: Format, partial: Path) -> list[Finding]:
         return []
     folder = partial / f"{shard.folder_name}.{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     try:
+        folder.mkdir()
         write_files(folder, shard, wanted)
     except UnfitPictures:
         shutil.rmtree(folder)
         return picture_findings(shard.source, shard.trajectories, wanted.cameras)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        # PyAV's own kind of error does not travel between processes.
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from None
     folder.rename(finished)
     return []
 

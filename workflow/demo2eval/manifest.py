@@ -14,6 +14,7 @@ work is gone before the body begins, so whatever payload a kill leaves never lie
 """
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -45,6 +46,7 @@ PACKAGES = (
     "orbax-checkpoint",
     "pandas",
 )
+SCARCE_BYTES = 1 << 20
 
 
 def to_json(value) -> str:
@@ -161,7 +163,11 @@ class Work:
         return path
 
     def remove_stale_partials(self) -> None:
-        """Remove what a killed process left of work with another fingerprint."""
+        """Remove what a killed process left: work with another fingerprint, and manifests that were being written."""
+        for path in self.folder.glob(f".{self.output.name}.*.tmp"):
+            path.unlink(missing_ok=True)
+        for path in self.folder.glob(f".{self.done_file.name}.*.tmp"):
+            path.unlink(missing_ok=True)
         for path in self.folder.glob(f".{self.output.stem}.partial-*"):
             if not path.name.endswith(self.fingerprint[:12]):
                 shutil.rmtree(path, ignore_errors=True)
@@ -252,6 +258,22 @@ class Work:
 
 
 @contextmanager
+def telling_of_a_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the error of a full disk, of a quota or of a limit on the size of files into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        # Not every library passes on the system's number.
+        unnumbered = error.errno is None and shutil.disk_usage(folder).free < SCARCE_BYTES
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not unnumbered:
+            raise
+        raise UserError(
+            f"{folder} cannot be written, the disk is full ({error}); make room and run the same command again, "
+            f"which keeps what is finished."
+        ) from error
+
+
+@contextmanager
 def making(
     output: Path, *, stage: str, module: str, settings, inputs: Mapping[str, Path | Iterable[Path]] | None = None
 ) -> Iterator[Work]:
@@ -265,7 +287,7 @@ def making(
         inputs: manifests or files that the result depends on, by name; hashed by content.
 
     Raises:
-        UserError: if an input is missing.
+        UserError: if an input is missing, or the disk is full.
     """
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -284,5 +306,5 @@ def making(
             print(f"{output}: finished work with the same settings, code and inputs is there; adopted.")
             yield work
             return
-        with work.withdrawing_other_work():
+        with work.withdrawing_other_work(), telling_of_a_full_disk(work.folder):
             yield work

@@ -1,13 +1,15 @@
 """Normalisation statistics of a dataset's states and action chunks, in openpi's norm_stats.json, with exact quantiles.
 
 In:  the manifest of a LeRobot dataset.
-Out: norm_stats.json beside the output.
+Out: norm_stats.json beside the output, and ranges.csv for people: each dimension's smallest and largest value, its mean, standard deviation
+     and quantiles, in its own units, before noise and floor and over all steps of the chunks.
 
 As in openpi, the state counts once a row, and the actions are those of the chunk at every row, after the differences from the state
 are taken, with the last action repeated where the episode is over. Every row counts, also one whose picture is repeated. The quantiles
 are those of all values, not of a histogram. No picture is decoded.
 """
 
+import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from demo2eval.manifest import Work, making
 from demo2eval.pi0.normalization import NormStats, exact_stats, save_norm_stats
 
 STATE, ACTION, EPISODE = "observation.state", "action", "episode_index"
+RANGE_COLUMNS = ("column", "dimension", "min", "q01", "mean", "std", "q99", "max")
 TINY = 1e-3
 NORMAL_Q99 = NormalDist().inv_cdf(0.99)
 
@@ -114,6 +117,23 @@ def compute(columns: dict[str, np.ndarray], settings: Settings) -> dict[str, Nor
     return stats
 
 
+def write_ranges(file: Path, columns: dict[str, np.ndarray], settings: Settings, names: dict[str, list[str]]) -> None:
+    """Write ranges.csv.
+
+    Args:
+        columns: as for `compute`; names: {STATE: ..., ACTION: ...}, a name for each dimension.
+    """
+    chunks = action_chunks(columns[ACTION], columns[STATE], columns[EPISODE], settings)
+    with open(file, "w", newline="", encoding="utf-8") as target:
+        table = csv.writer(target, lineterminator="\n")
+        table.writerow(RANGE_COLUMNS)
+        for column, values in ((STATE, columns[STATE]), (ACTION, chunks.reshape(-1, chunks.shape[-1]))):
+            stats = exact_stats(values)
+            parts = (values.min(axis=0), stats.q01, stats.mean, stats.std, stats.q99, values.max(axis=0))
+            for name, *numbers in zip(names[column], *parts, strict=True):
+                table.writerow([column, name, *(f"{number:.6g}" for number in numbers)])
+
+
 def norm_stats(settings: Settings, dataset: Path, output: Path) -> None:
     """Write norm_stats.json beside the manifest `output`, from the manifest of a dataset.
 
@@ -136,14 +156,16 @@ def _make(settings: Settings, dataset: Path, work: Work) -> None:
             f"delta_action_mask has {len(mask)} dimensions, {root} {width} of the action and {columns[STATE].shape[1]} of the state."
         )
     stats = compute(columns, settings)
-    sentences = notes(stats["state"], dimension_names(info, STATE), "state")
-    sentences += notes(stats["actions"], dimension_names(info, ACTION), "action")
+    names = {column: dimension_names(info, column) for column in (STATE, ACTION)}
+    sentences = notes(stats["state"], names[STATE], "state") + notes(stats["actions"], names[ACTION], "action")
     for sentence in sentences:
         print(f"hardly varies: {sentence}", file=sys.stderr)
-    file = work.folder / "norm_stats.json"
-    save_norm_stats(work.partial / file.name, stats)
-    (work.partial / file.name).rename(file)
-    work.finish([file], rows=len(columns[ACTION]), episodes=info["total_episodes"], notes=sentences)
+    files = [work.folder / name for name in ("norm_stats.json", "ranges.csv")]
+    save_norm_stats(work.partial / files[0].name, stats)
+    write_ranges(work.partial / files[1].name, columns, settings, names)
+    for file in files:
+        (work.partial / file.name).rename(file)
+    work.finish(files, rows=len(columns[ACTION]), episodes=info["total_episodes"], notes=sentences)
 
 
 def main() -> None:

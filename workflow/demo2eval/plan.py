@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.errors import UserError
@@ -65,20 +66,15 @@ def attempt(environment, solve, seed: int) -> str:
     return "success" if bool(result[-1]["success"]) else "executed without success"
 
 
-def plan_trajectories(settings: Settings, folder: Path) -> dict:
-    """Write trajectory.{h5,json} of `settings.count` demonstrations into `folder`; return seeds and failures.
+def recording_environment(task: str, folder: Path, file) -> tuple:
+    """Return (an environment that records what is done in it into the open `file` and `folder`/trajectory.json, the planner)."""
+    from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
+    from mani_skill.utils.wrappers import record
 
-    Raises:
-        UserError: if the planner fails far more often than it should.
-    """
-    from tqdm import tqdm
-
-    with quiet():
-        from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
-        from mani_skill.utils.wrappers.record import RecordEpisode
-
-        environment = RecordEpisode(
-            make_environment(settings.task, control_mode=CONTROL_MODE, max_episode_steps=PLANNER_STEPS),
+    # ManiSkill would open a file of its own, and end in a segmentation fault where the disk is full.
+    with mock.patch.object(record.h5py, "File", return_value=file):
+        environment = record.RecordEpisode(
+            make_environment(task, control_mode=CONTROL_MODE, max_episode_steps=PLANNER_STEPS),
             output_dir=str(folder),
             trajectory_name="trajectory",
             save_video=False,
@@ -87,20 +83,37 @@ def plan_trajectories(settings: Settings, folder: Path) -> dict:
             source_type="motionplanning",
             source_desc="ManiSkill's motion planning solution",
         )
+    return environment, MP_SOLUTIONS[task]
+
+
+def plan_trajectories(settings: Settings, folder: Path) -> dict:
+    """Write trajectory.{h5,json} of `settings.count` demonstrations into `folder`; return seeds and failures.
+
+    Raises:
+        UserError: if the planner fails far more often than it should.
+    """
+    from tqdm import tqdm
+
+    from demo2eval.hdf5 import NewFile
+
     seeds, failures = [], {}
-    with tqdm(total=settings.count, unit="demo", mininterval=2, desc=f"planning {settings.task}") as bar:
-        for seed in range(settings.first_seed, settings.first_seed + ATTEMPTS_A_DEMONSTRATION * settings.count):
-            with quiet():
-                outcome = attempt(environment, MP_SOLUTIONS[settings.task], seed)
-                environment.flush_trajectory(save=outcome == "success")
-            if outcome == "success":
-                seeds.append(seed)
-                bar.update(1)
-            else:
-                failures[seed] = outcome
-            if len(seeds) == settings.count:
-                break
-    environment.close()
+    with NewFile(folder / "trajectory.h5") as file:
+        with quiet():
+            environment, solve = recording_environment(settings.task, folder, file)
+        with tqdm(total=settings.count, unit="demo", mininterval=2, desc=f"planning {settings.task}") as bar:
+            for seed in range(settings.first_seed, settings.first_seed + ATTEMPTS_A_DEMONSTRATION * settings.count):
+                with quiet():
+                    outcome = attempt(environment, solve, seed)
+                    environment.flush_trajectory(save=outcome == "success")
+                file.check()
+                if outcome == "success":
+                    seeds.append(seed)
+                    bar.update(1)
+                else:
+                    failures[seed] = outcome
+                if len(seeds) == settings.count:
+                    break
+        environment.close()
     if len(seeds) < settings.count:
         raise UserError(
             f"the planner solved {settings.task} only {len(seeds)} times in {len(seeds) + len(failures)} attempts from seed "

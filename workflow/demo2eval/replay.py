@@ -7,8 +7,13 @@ Out: the same two files with observations, in ManiSkill's layout: obs/agent/qpos
 Where the control mode stays the same, the recorded states are set one by one and rendered: no physics, and the actions are those of
 the demonstration bit for bit. Otherwise ManiSkill's own conversion makes new actions and states first; a demonstration that does not
 succeed any more is left out and counted in the manifest.
+
+A demonstration of this control mode that brings observations as ManiSkill records them with obs_mode rgb (pictures uint8 [T + 1, H, W, 3]
+of all these cameras in this size, and all parts of the state) is not rendered: its pictures are taken as they are, and the manifest counts
+it as `already_rendered`.
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +27,7 @@ from demo2eval.demonstrations import Demonstration, sound_demonstrations
 from demo2eval.errors import UserError
 from demo2eval.manifest import making, write_atomic
 from demo2eval.maniskill.environment import limit_threads, look, make_environment, state_parts
-from demo2eval.maniskill.tasks import find_task
+from demo2eval.maniskill.tasks import STATE_DIMS, check_cameras, find_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +163,39 @@ def observe(environment, demonstration: Demonstration, looks: np.ndarray) -> tup
     return stacked_parts, {camera: np.stack([image[camera] for image in images]) for camera in images[0]}
 
 
+def part_place(part: str) -> str:
+    """Return where ManiSkill's layout has a part of the state, below a demonstration's group."""
+    return "obs/agent/qpos" if part == "qpos" else f"obs/extra/{part}"
+
+
+def recorded(group, settings: Settings, length: int, looks: np.ndarray) -> tuple[dict, dict] | None:
+    """Return what `observe` would from the observations that a demonstration of `length` actions brings in its HDF5 group.
+
+    Returns:
+        ({part: float32 [T + 1, dim]}, {camera: uint8 [looks, H, W, 3]}), or None if something is missing or of another size.
+
+    Raises:
+        UserError: if they are there but cannot be read, or the state holds NaN or infinity.
+    """
+    picture = (np.uint8, (length + 1, settings.image_size, settings.image_size, 3))
+    cameras = {camera: f"obs/sensor_data/{camera}/rgb" for camera in settings.cameras}
+    parts = {part: part_place(part) for part in find_task(settings.task).state_parts}
+    wanted = dict.fromkeys(cameras.values(), picture)
+    wanted |= {place: (np.float32, (length + 1, STATE_DIMS[part])) for part, place in parts.items()}
+    if any(place not in group or (group[place].dtype, group[place].shape) != kind for place, kind in wanted.items()):
+        return None
+    where = f"{group.file.filename} {group.name.strip('/')}"
+    try:
+        states = {part: group[place][()] for part, place in parts.items()}
+        images = {camera: group[place][()][looks] for camera, place in cameras.items()}
+    except OSError as error:
+        raise UserError(f"{where}: its observations are damaged ({error}); copy or record the file again.") from error
+    for part, values in states.items():
+        if not np.isfinite(values).all():
+            raise UserError(f"{where}: {parts[part]} holds NaN or infinity; record it again, or leave it out.")
+    return states, images
+
+
 def write_demonstration(group, demonstration: Demonstration, parts: dict, images: dict, looks: np.ndarray) -> None:
     """Write one replayed demonstration into its HDF5 group."""
     group["actions"] = demonstration.actions
@@ -167,7 +205,7 @@ def write_demonstration(group, demonstration: Demonstration, parts: dict, images
     for name, values in demonstration.states.items():
         group.create_dataset(f"env_states/{name}", data=values, compression="gzip", compression_opts=1)
     for name, values in parts.items():
-        group["obs/agent/qpos" if name == "qpos" else f"obs/extra/{name}"] = values
+        group[part_place(name)] = values
     for camera, frames in images.items():
         sensor = group.create_group(f"obs/sensor_data/{camera}")
         sensor.create_dataset("rgb", data=frames, chunks=(1, *frames.shape[1:]), compression="gzip", compression_opts=1)
@@ -196,29 +234,52 @@ def replay_shard(settings: Settings, source: Path, folder: Path) -> dict:
     import h5py
     from tqdm import tqdm
 
+    from demo2eval.hdf5 import NewFile
+
     demonstrations, description, skipped = sound_demonstrations(source / "trajectory.h5", settings.task, settings.on_bad)
     mode = check_source(settings, demonstrations, source / "trajectory.h5")
-    environment = make_environment(
-        settings.task, control_mode=settings.control_mode, cameras=settings.cameras, image_size=settings.image_size
-    )
-    converter = None if mode == settings.control_mode else make_environment(settings.task, control_mode=mode)
-    episodes, lost = [], []
-    with h5py.File(folder / "trajectory.h5", "w") as file:
+
+    @functools.cache
+    def simulator(control_mode: str):
+        # Made when first needed: it takes seconds, and a file that brings its pictures needs none.
+        rendering = {"cameras": settings.cameras, "image_size": settings.image_size}
+        return make_environment(
+            settings.task, control_mode=control_mode, **(rendering if control_mode == settings.control_mode else {})
+        )
+
+    check_cameras(settings.task, settings.cameras)
+    episodes, lost, already = [], [], 0
+    with h5py.File(source / "trajectory.h5", "r") as content, NewFile(folder / "trajectory.h5") as file:
         for demonstration in tqdm(demonstrations, unit="demo", mininterval=2, desc=f"replaying {settings.task}"):
-            check_states(environment, demonstration, source / "trajectory.h5")
-            kept = demonstration if converter is None else converted(demonstration, converter, environment)
+            kept = demonstration
+            if mode != settings.control_mode:
+                check_states(simulator(mode), demonstration, source / "trajectory.h5")
+                kept = converted(demonstration, simulator(mode), simulator(settings.control_mode))
             if kept is None:
                 lost.append(demonstration.seed)
                 continue
             looks = look_steps(len(kept.actions), settings.render_every, len(episodes))
-            parts, images = observe(environment, kept, looks)
-            write_demonstration(file.create_group(f"traj_{len(episodes)}"), kept, parts, images, looks)
+            seen = recorded(content[kept.name], settings, len(kept.actions), looks) if kept is demonstration else None
+            already += seen is not None
+            if seen is None:
+                check_states(simulator(settings.control_mode), kept, source / "trajectory.h5")
+                seen = observe(simulator(settings.control_mode), kept, looks)
+            write_demonstration(file.create_group(f"traj_{len(episodes)}"), kept, *seen, looks)
+            file.check()
             episodes.append(episode_entry(len(episodes), kept))
-    recorded = description["env_info"].get("env_kwargs") or {}
-    description["env_info"]["env_kwargs"] = recorded | {"obs_mode": "rgb", "control_mode": settings.control_mode}
+    if already:
+        print(f"{source}: {already} of {len(episodes)} demonstrations bring their pictures, which are taken as they are.")
+    before = description["env_info"].get("env_kwargs") or {}
+    description["env_info"]["env_kwargs"] = before | {"obs_mode": "rgb", "control_mode": settings.control_mode}
     write_atomic(folder / "trajectory.json", json.dumps(description | {"episodes": episodes}, indent=1))
     seeds = [episode["episode_seed"] for episode in episodes]
-    return {"demonstrations": len(seeds), "seeds": seeds, "lost_in_conversion": lost, "skipped": skipped}
+    return {
+        "demonstrations": len(seeds),
+        "seeds": seeds,
+        "lost_in_conversion": lost,
+        "skipped": skipped,
+        "already_rendered": already,
+    }
 
 
 def episode_entry(index: int, demonstration: Demonstration) -> dict:

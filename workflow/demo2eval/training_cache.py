@@ -11,7 +11,7 @@ Pictures larger than the model's are resized as the model would; smaller ones ar
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +169,8 @@ def training_cache(settings: Settings, dataset: Path, output: Path, *, workers: 
 
 
 def _make(settings: Settings, dataset: Path, work: Work, workers: int) -> None:
+    from tqdm import tqdm
+
     root = dataset_root(dataset)
     info = read_info(root)
     columns = read_columns(root, [*VECTORS.values(), PICTURE_AGE, "episode_index"])
@@ -187,9 +189,12 @@ def _make(settings: Settings, dataset: Path, work: Work, workers: int) -> None:
         array = open_array(work.partial, key.removeprefix(IMAGE_PREFIX), (looks, *shape, 3))
         resized_to = settings.image_size if shape != tuple(info["features"][key]["shape"][:2]) else None
         tasks += [(part, array, work.partial, resized_to) for part in parts_of(root, info, key, is_look)]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for future in [pool.submit(fill, *task) for task in tasks]:
+    bar = tqdm(total=looks * len(image_keys(info)), unit="picture", mininterval=2, desc="decoding")
+    with ThreadPoolExecutor(max(1, workers)) as pool, bar:
+        futures = {pool.submit(fill, *task): task[0] for task in tasks}
+        for future in as_completed(futures):
             future.result()
+            bar.update(len(futures[future].looks))
     seconds = time.monotonic() - started
     print(f"decoded {looks} pictures of {len(image_keys(info))} cameras in {seconds:.1f} s", file=sys.stderr)
 

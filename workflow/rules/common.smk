@@ -4,9 +4,11 @@
 # settings that matter to that stage, so runs with equal settings share the work, and a change of settings makes new work beside
 # the old.
 
+import fcntl
 import hashlib
 import json
 import shlex
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -39,6 +41,28 @@ def told(function):
 
     return wrapped
 
+
+def be_alone_or_beside_the_living():
+    """Remove the lock that a killed Snakemake left in this folder, unless another one is alive here; return what to hold on to.
+
+    Snakemake's own lock is made of files, which outlive it: after a kill the same command would be refused. So every Snakemake also holds
+    a lock of the kernel's, which ends with its process. Where the file system has none, Snakemake says what to do.
+    """
+    try:
+        Path(".snakemake").mkdir(exist_ok=True)
+        alive = open(".snakemake/alive.lock", "a")
+        try:
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(".snakemake/locks", ignore_errors=True)
+        except BlockingIOError:
+            pass
+        fcntl.flock(alive, fcntl.LOCK_SH)
+        return alive
+    except OSError:
+        return None
+
+
+ALIVE = be_alone_or_beside_the_living() if workflow.is_main_process else None
 
 told(configuration.check)(config)
 
