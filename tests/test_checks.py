@@ -303,6 +303,16 @@ def test_all_findings_of_all_shards_are_one_list(shards, tmp_path):
         make(tmp_path, shards)
 
 
+def test_a_hand_before_the_camera_is_no_fault():
+    """In PegInsertionSide it fills base_camera for a second; a camera that never sees anything is told from it."""
+    pictures = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+    pictures[3:8] = np.arange(140, 145)[:, None, None, None]
+    assert list(replayed.picture_faults(pictures, "base_camera")) == []
+    pictures[8] = 139
+    (fault,) = replayed.picture_faults(pictures, "base_camera")
+    assert fault == "6 of its 10 pictures of base_camera show nothing: number 3 has the one colour [140, 140, 140]"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bad_pictures_of_all_shards_are_one_list(shards, tmp_path, workers):
     """They are found while the shards are written, each by its own process."""

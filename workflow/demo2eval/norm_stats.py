@@ -105,33 +105,35 @@ def compute(columns: dict[str, np.ndarray], settings: Settings) -> dict[str, Nor
     Args:
         columns: `observation.state` [rows, state dim], `action` [rows, action width] and `episode_index` [rows].
     """
+    return _statistics(columns, settings)[0]
+
+
+def _statistics(columns: dict[str, np.ndarray], settings: Settings) -> tuple[dict[str, NormStats], list[tuple]]:
+    """Return what `compute` does, and a line of ranges.csv, but for the name, for each dimension of the state and of the actions."""
     chunks = action_chunks(columns[ACTION], columns[STATE], columns[EPISODE], settings)
-    if not settings.chunkwise_action_stats:
-        chunks = chunks.reshape(-1, chunks.shape[-1])
-    stats = {"state": exact_stats(columns[STATE]), "actions": exact_stats(chunks)}
+    values = {STATE: columns[STATE], ACTION: chunks.reshape(-1, chunks.shape[-1])}
+    plain = {column: exact_stats(item) for column, item in values.items()}
+    ranges = []
+    for column, item in values.items():
+        of = plain[column]
+        parts = (item.min(axis=0), of.q01, of.mean, of.std, of.q99, item.max(axis=0))
+        ranges += [(column, *numbers) for numbers in zip(*parts, strict=True)]
+    stats = {"state": plain[STATE], "actions": exact_stats(chunks) if settings.chunkwise_action_stats else plain[ACTION]}
     if settings.state_noise > 0:
         noise = noise_of(settings, columns[STATE].shape[1], columns[ACTION].shape[1])
         stats = {name: with_noise(item, noise[name]) for name, item in stats.items()}
     if settings.scale_floor > 0:
         stats = {name: with_floor(item, settings.scale_floor) for name, item in stats.items()}
-    return stats
+    return stats, ranges
 
 
-def write_ranges(file: Path, columns: dict[str, np.ndarray], settings: Settings, names: dict[str, list[str]]) -> None:
-    """Write ranges.csv.
-
-    Args:
-        columns: as for `compute`; names: {STATE: ..., ACTION: ...}, a name for each dimension.
-    """
-    chunks = action_chunks(columns[ACTION], columns[STATE], columns[EPISODE], settings)
+def write_ranges(file: Path, ranges: list[tuple], names: list[str]) -> None:
+    """Write ranges.csv from its lines, (column, min, q01, mean, std, q99, max), and the names of their dimensions."""
     with open(file, "w", newline="", encoding="utf-8") as target:
         table = csv.writer(target, lineterminator="\n")
         table.writerow(RANGE_COLUMNS)
-        for column, values in ((STATE, columns[STATE]), (ACTION, chunks.reshape(-1, chunks.shape[-1]))):
-            stats = exact_stats(values)
-            parts = (values.min(axis=0), stats.q01, stats.mean, stats.std, stats.q99, values.max(axis=0))
-            for name, *numbers in zip(names[column], *parts, strict=True):
-                table.writerow([column, name, *(f"{number:.6g}" for number in numbers)])
+        for (column, *numbers), name in zip(ranges, names, strict=True):
+            table.writerow([column, name, *(f"{number:.6g}" for number in numbers)])
 
 
 def norm_stats(settings: Settings, dataset: Path, output: Path) -> None:
@@ -155,17 +157,19 @@ def _make(settings: Settings, dataset: Path, work: Work) -> None:
         raise UserError(
             f"delta_action_mask has {len(mask)} dimensions, {root} {width} of the action and {columns[STATE].shape[1]} of the state."
         )
-    stats = compute(columns, settings)
+    stats, ranges = _statistics(columns, settings)
     names = {column: dimension_names(info, column) for column in (STATE, ACTION)}
     sentences = notes(stats["state"], names[STATE], "state") + notes(stats["actions"], names[ACTION], "action")
     for sentence in sentences:
         print(f"hardly varies: {sentence}", file=sys.stderr)
     files = [work.folder / name for name in ("norm_stats.json", "ranges.csv")]
     save_norm_stats(work.partial / files[0].name, stats)
-    write_ranges(work.partial / files[1].name, columns, settings, names)
+    write_ranges(work.partial / files[1].name, ranges, names[STATE] + names[ACTION])
     for file in files:
         (work.partial / file.name).rename(file)
-    work.finish(files, rows=len(columns[ACTION]), episodes=info["total_episodes"], notes=sentences)
+    counted = "each step of the chunks by itself" if settings.chunkwise_action_stats else "every step of every chunk, as openpi's"
+    facts = {"rows": len(columns[ACTION]), "episodes": info["total_episodes"], "actions_counted": counted, "notes": sentences}
+    work.finish(files, **facts)
 
 
 def main() -> None:
