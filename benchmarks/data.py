@@ -1,9 +1,9 @@
 """Conversion, statistics and reading for training, each side by side with LeRobot's own way, on one replayed shard.
 
-    python benchmarks/data.py results/replays/<name>/shard-000/manifest.json --count 5
+    python benchmarks/data.py results/replays/<name>/shard-000/manifest.json
 
 Best on a replay of every step (`render_every: 1`), so that every row has a picture of its own; with other replays the comparison of
-reading is left out. Everything is made anew in a temporary folder. Five demonstrations of StackCube take about five minutes on two cores.
+reading is left out. Everything is made anew in a temporary folder. Twenty demonstrations of StackCube take about ten minutes on two cores.
 
 conversion  one process of each makes the same dataset from the same demonstrations: `demo2eval.dataset` with one worker, and
             `LeRobotDataset.create`, `add_frame`, `save_episode` with one encoder thread. Pictures are stored as PNG by both, then as
@@ -20,7 +20,6 @@ Times are medians; CPU time is user and system time of the process and of its ch
 
 import argparse
 import contextlib
-import io
 import logging
 import os
 import shutil
@@ -149,6 +148,16 @@ def picture_differences(one: Path, other: Path) -> tuple[int, float]:
     return largest, total / number
 
 
+def decibels(root: Path, exact: Path) -> float:
+    """Return the PSNR of a dataset's pictures, dB, given the same dataset with exact ones."""
+    errors = [
+        np.mean((seen.astype(np.float64) - true) ** 2)
+        for key in image_keys(read_info(root))
+        for seen, true in zip(stored_pictures(root, key), stored_pictures(exact, key), strict=True)
+    ]
+    return 10 * np.log10(255**2 / np.mean(errors))
+
+
 def compare_conversion(settings: Settings, replay: Path, folder: Path, repeats: int) -> None:
     """Print the times of both conversions, and how far the two datasets are equal."""
     storage = settings.image_storage
@@ -173,6 +182,9 @@ def compare_conversion(settings: Settings, replay: Path, folder: Path, repeats: 
     largest, mean = picture_differences(ours / "lerobot", theirs)
     print(f"  columns equal bit for bit: {columns_equal(ours / 'lerobot', theirs)}")
     print(f"  pictures differ by at most {largest}, by {mean:.3f} on average, of 255", flush=True)
+    if storage == "video":
+        exact = folder / "png" / "ours" / "lerobot"
+        print(f"  PSNR {decibels(ours / 'lerobot', exact):.2f} dB, LeRobot's {decibels(theirs, exact):.2f} dB", flush=True)
 
 
 # Statistics.
@@ -186,8 +198,8 @@ class Running:
         self.count = 0
 
     def update(self, values: np.ndarray) -> None:
-        """Take in values [..., dim]."""
-        values = values.reshape(-1, values.shape[-1]).astype(np.float64)
+        """Take in values [..., dim], in their own precision: openpi's are float32."""
+        values = values.reshape(-1, values.shape[-1])
         low, high = values.min(axis=0), values.max(axis=0)
         if self.count == 0:
             self.low, self.high = low, high
@@ -239,26 +251,32 @@ def delta(actions: np.ndarray, state: np.ndarray, mask: list[bool]) -> np.ndarra
     return result
 
 
-def openpi_statistics(root: Path, fps: int, mask: list[bool], workers: int = WORKERS) -> dict[str, Running]:
+def openpi_statistics(
+    root: Path, fps: int, mask: list[bool], *, workers: int = WORKERS, batch_size: int = OPENPI_BATCH
+) -> dict[str, Running]:
     """Iterate over a dataset as openpi does for its norm stats, decoding every picture."""
     from torch.utils.data import DataLoader
 
     running = {"state": Running(), "actions": Running()}
-    for batch in DataLoader(open_lerobot(root, fps), batch_size=OPENPI_BATCH, num_workers=workers):
+    for batch in DataLoader(open_lerobot(root, fps), batch_size=batch_size, num_workers=workers):
         state, actions = batch["observation.state"].numpy(), batch["action"].numpy()
         running["state"].update(state)
         running["actions"].update(delta(actions, state, mask))
     return running
 
 
-def exact_statistics(root: Path, mask: list[bool]) -> dict[str, dict[str, np.ndarray]]:
-    """Return the statistics of all values, sorted and summed up in double precision, from the columns."""
+def sorted_values(root: Path, mask: list[bool]) -> dict[str, np.ndarray]:
+    """Return all values that the statistics are of, float64 [n, dim], each dimension sorted."""
     action, state, episode = read_columns(root, ["action", "observation.state", "episode_index"]).values()
     rows = chunk_rows(np.arange(len(action)), last_rows(episode), HORIZON)
     chunks = delta(action[rows], state, mask).reshape(-1, action.shape[1])
+    return {name: np.sort(values.astype(np.float64), axis=0) for name, values in (("state", state), ("actions", chunks))}
+
+
+def exact_statistics(root: Path, mask: list[bool]) -> dict[str, dict[str, np.ndarray]]:
+    """Return the statistics of all values, sorted and summed up in double precision, from the columns."""
     result = {}
-    for name, values in (("state", state), ("actions", chunks)):
-        ordered = np.sort(values.astype(np.float64), axis=0)
+    for name, ordered in sorted_values(root, mask).items():
         mean = ordered.sum(axis=0) / len(ordered)
         found = {"mean": mean, "std": np.sqrt(((ordered - mean) ** 2).sum(axis=0) / len(ordered))}
         for quantile in QUANTILES:
@@ -267,6 +285,17 @@ def exact_statistics(root: Path, mask: list[bool]) -> dict[str, dict[str, np.nda
             found[f"q{round(quantile * 100):02d}"] = below + part * (ordered[min(int(place) + 1, len(ordered) - 1)] - below)
         result[name] = found
     return result
+
+
+def bins_off(running: Running, ordered: np.ndarray, quantile: float) -> np.ndarray:
+    """Return by how many bins a histogram's quantile of each dimension misses where it must be.
+
+    That is between the two of the sorted values `ordered` [n, dim] among which the quantile lies: which number between them is a matter
+    of definition.
+    """
+    place, edge = quantile * (len(ordered) - 1), running.quantile(quantile)
+    lower, upper = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
+    return np.maximum(0, np.maximum(lower - edge, edge - upper)) / running.bin_width
 
 
 def compare_statistics(made: Path, folder: Path, repeats: int) -> None:
@@ -294,14 +323,10 @@ def compare_statistics(made: Path, folder: Path, repeats: int) -> None:
     stats, exact = load_norm_stats(output.parent / "norm_stats.json"), exact_statistics(root, mask)
     error = max(np.abs(getattr(stats[name], key) - value).max() for name in exact for key, value in exact[name].items())
     print(f"  ours differ from exact ones by at most {error:.1e}")
+    ordered = sorted_values(root, mask)
     for quantile in QUANTILES:
-        bins = [
-            np.abs(running[name].quantile(quantile) - exact[name][f"q{round(quantile * 100):02d}"]) / running[name].bin_width
-            for name in exact
-        ]
-        print(
-            f"  the histograms' q{round(quantile * 100):02d} differ from exact ones by at most {np.concatenate(bins).max():.2f} bins"
-        )
+        bins = np.concatenate([bins_off(running[name], ordered[name], quantile) for name in ordered])
+        print(f"  the histograms' q{round(quantile * 100):02d} are off by at most {bins.max():.2f} bins", flush=True)
     moments = max(np.abs(getattr(running[name], key) - exact[name][key]).max() for name in exact for key in ("mean", "std"))
     print(f"  the running mean and std differ from exact ones by at most {moments:.1e}", flush=True)
 
@@ -373,14 +398,20 @@ def compare_reading(made: Path, folder: Path, batches: int, image_size: int | No
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep bars and notices of the libraries, and our own bars, off the terminal; errors are still raised."""
+    """Keep bars and notices of the libraries, x264's too, and our own bars off the terminal; errors are still raised."""
     import datasets
 
     datasets.disable_progress_bars()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    with contextlib.redirect_stderr(io.StringIO()):
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
         yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
 
 
 def main() -> None:
