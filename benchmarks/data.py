@@ -176,7 +176,8 @@ def compare_conversion(settings: Settings, replay: Path, folder: Path, repeats: 
         streamed = folder / storage / "streamed"
         beside = convert(lambda: lerobot_convert(settings, replay, streamed, streaming=True), streamed, 1)
         show("LeRobot, video streamed (threads)", frames, "frames", beside, f"{size_of(streamed) / 1e6:.2f} MB")
-        show_ratio("video, against streaming", beside.wall, fast.wall, 4)
+        show_ratio("video, against streaming, by the clock", beside.wall, fast.wall, 4)
+        show_ratio("video, against streaming, by CPU time", beside.cpu, fast.cpu, 4)
     show_ratio(f"{storage}, by the clock", default.wall, fast.wall, 4)
     show_ratio(f"{storage}, by CPU time", default.cpu, fast.cpu, 4)
     largest, mean = picture_differences(ours / "lerobot", theirs)

@@ -6,7 +6,7 @@
 Nothing is measured here; config/datasets.yaml says how to make its runs. From a run's norm stats the way leads back over the inputs to
 dataset, replays and demonstrations, and over the dataset's digest to its training caches. `time` adds up the wall times of all shards,
 which ran side by side as far as there were cores; `from first to last` is the time between the stage's first beginning and its last end,
-with whatever else ran between. A rate is that of one process.
+with whatever else ran between. A rate is that of one process; replay's is of the pictures that came into the dataset.
 """
 
 import argparse
@@ -116,8 +116,10 @@ def data_stages(results: Path, run: str) -> list[Stage]:
         Stage(
             "replay",
             replays,
-            (total(replays, "demonstrations"), "demonstrations"),
+            (pictures, "pictures"),
             demonstrations=total(replays, "demonstrations"),
+            frames=frames,
+            pictures=pictures,
         ),
         Stage("dataset", [made], (frames, "frames"), demonstrations=facts["episodes"], frames=frames, pictures=pictures),
         Stage("norm_stats", [stats], (stats["facts"]["rows"], "rows"), demonstrations=facts["episodes"], frames=frames),
