@@ -296,7 +296,9 @@ def bins_off(running: Running, ordered: np.ndarray, quantile: float) -> np.ndarr
     """
     place, edge = quantile * (len(ordered) - 1), running.quantile(quantile)
     lower, upper = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
-    return np.maximum(0, np.maximum(lower - edge, edge - upper)) / running.bin_width
+    missed = np.maximum(0, np.maximum(lower - edge, edge - upper))
+    # The bins of a value that never changes have no width in float32.
+    return np.divide(missed, running.bin_width, out=np.where(missed > 0, np.inf, 0.0), where=running.bin_width > 0)
 
 
 def compare_statistics(made: Path, folder: Path, repeats: int) -> None:
