@@ -28,7 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,8 @@ from demo2eval.pi0.normalization import load_norm_stats
 HORIZON, BATCH, WORKERS, BINS = 20, 256, 2, 5000
 OPENPI_BATCH = 32
 QUANTILES = (0.01, 0.99)
+MASK = [True] * 7 + [False]
+"""Per action dimension, whether it is a difference from the state: the joints, not the gripper."""
 REPO = "demo2eval/benchmark"
 
 
@@ -305,8 +307,7 @@ def compare_statistics(made: Path, folder: Path, repeats: int) -> None:
     """Print the times of both statistics of the dataset of manifest `made`, and how far they are from exact ones."""
     root, output = dataset_root(made), folder / "norm_stats" / "manifest.json"
     info, rows = read_info(root), read_manifest(made)["facts"]["frames"]
-    mask = [True] * 7 + [False]
-    settings = norm_stats.Settings(action_horizon=HORIZON, delta_action_mask=mask)
+    settings = norm_stats.Settings(action_horizon=HORIZON, delta_action_mask=MASK)
 
     def ours() -> None:
         norm_stats.norm_stats(settings, made, output)
@@ -319,14 +320,14 @@ def compare_statistics(made: Path, folder: Path, repeats: int) -> None:
     fast = timed(ours, max(repeats, 3), forget)
     show("demo2eval", rows, "rows", fast)
     running = {}
-    slow = timed(lambda: running.update(openpi_statistics(root, info["fps"], mask)), 1)
+    slow = timed(lambda: running.update(openpi_statistics(root, info["fps"], MASK)), 1)
     show(f"openpi's way, {WORKERS} workers", rows, "rows", slow)
     show_ratio("statistics, by the clock", slow.wall, fast.wall, 100)
     show_ratio("statistics, by CPU time", slow.cpu, fast.cpu, 100)
-    stats, exact = load_norm_stats(output.parent / "norm_stats.json"), exact_statistics(root, mask)
+    stats, exact = load_norm_stats(output.parent / "norm_stats.json"), exact_statistics(root, MASK)
     error = max(np.abs(getattr(stats[name], key) - value).max() for name in exact for key, value in exact[name].items())
     print(f"  ours differ from exact ones by at most {error:.1e}")
-    ordered = sorted_values(root, mask)
+    ordered = sorted_values(root, MASK)
     for quantile in QUANTILES:
         bins = np.concatenate([bins_off(running[name], ordered[name], quantile) for name in ordered])
         print(f"  the histograms' q{round(quantile * 100):02d} are off by at most {bins.max():.2f} bins", flush=True)
@@ -343,9 +344,8 @@ def our_batches(made: Path, folder: Path, cameras: list[str], prompt: str, image
     from demo2eval.training.loader import Prompt, TrainingData
 
     cache, stats = folder / f"cache-{image_size}" / "manifest.json", folder / "norm_stats" / "manifest.json"
-    mask = [True] * 7 + [False]
     if not stats.exists():
-        norm_stats.norm_stats(norm_stats.Settings(action_horizon=HORIZON, delta_action_mask=mask), made, stats)
+        norm_stats.norm_stats(norm_stats.Settings(action_horizon=HORIZON, delta_action_mask=MASK), made, stats)
     training_cache.training_cache(training_cache.Settings(image_size=image_size), made, cache, workers=WORKERS)
     tokenizer = Tokenizer.train([prompt], with_state=False)
     return TrainingData(
@@ -356,7 +356,7 @@ def our_batches(made: Path, folder: Path, cameras: list[str], prompt: str, image
         image_size=image_size,
         action_horizon=HORIZON,
         action_dim=32,
-        delta_action_mask=mask,
+        delta_action_mask=MASK,
         use_quantiles=True,
     )
 
@@ -446,14 +446,12 @@ def main() -> None:
 
 def measure(settings: Settings, arguments: argparse.Namespace, folder: Path) -> None:
     """Make what is asked for, part after part."""
-    import dataclasses
-
-    video = dataclasses.replace(settings, image_storage="video")
+    video = replace(settings, image_storage="video")
     made = folder / "video" / "ours" / "manifest.json"
     # What is imported or read for the first time counts for nobody.
-    dataset(dataclasses.replace(video, count=1), [arguments.replay], folder / "warm" / "ours" / "manifest.json")
+    dataset(replace(video, count=1), [arguments.replay], folder / "warm" / "ours" / "manifest.json")
     if "conversion" in arguments.parts:
-        lerobot_convert(dataclasses.replace(settings, count=1), arguments.replay, folder / "warm" / "theirs")
+        lerobot_convert(replace(settings, count=1), arguments.replay, folder / "warm" / "theirs")
         print("conversion, one process each")
         for storage in (settings, video):
             compare_conversion(storage, arguments.replay, folder, arguments.repeats)

@@ -1,18 +1,13 @@
 """Nothing is lost: the chain from demonstrations to dataset, killed once in each stage, ends as if it had been left alone."""
 
-import importlib.util
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from benchmark_modules import load_benchmark
 
-ROOT = Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("kill_benchmark", ROOT / "benchmarks" / "kill.py")
-kill_benchmark = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = kill_benchmark
-_spec.loader.exec_module(kill_benchmark)
+kill_benchmark = load_benchmark("kill")
 
 
 def test_killed_in_each_stage_the_same_command_ends_the_same(tmp_path):

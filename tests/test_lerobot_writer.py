@@ -1,23 +1,18 @@
 """Datasets and statistics beside those of LeRobot's own writer and of openpi's histograms, as benchmarks/data.py compares them."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_modules import load_benchmark
 
 from demo2eval.dataset import Settings, dataset
 from demo2eval.lerobot_reader import read_columns
 from demo2eval.norm_stats import Settings as StatsSettings
 from demo2eval.norm_stats import compute
 
-ROOT = Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("data_benchmark", ROOT / "benchmarks" / "data.py")
-data_benchmark = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = data_benchmark
-_spec.loader.exec_module(data_benchmark)
-MASK = [True] * 7 + [False]
+data_benchmark = load_benchmark("data")
+MASK = data_benchmark.MASK
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def read_pictures(group, camera: str) -> np.ndarray:
 def picture_faults(pictures: np.ndarray, camera: str) -> Iterator[str]:
     """Yield what pictures, uint8 [looks, height, width, 3], show that no camera sees.
 
-    A single picture of one colour is no fault unless it is black: PegInsertionSide's hand can fill base_camera for a second.
+    Some pictures of one colour are no fault unless they are black: PegInsertionSide's hand can fill base_camera for a second.
     """
     pixels = pictures.reshape(len(pictures), -1, 3)
     plain = [look for look, one in enumerate(pixels) if (one[::STRIDE] == one[0]).all() and (one == one[0]).all()]
