@@ -109,6 +109,14 @@ def test_each_contradiction_is_a_sentence(config, section, change, expected):
     assert expected in message(config)
 
 
+def test_a_displaced_arm_needs_actions_that_lead_back(config):
+    config["runs"]["stackcube"] |= {
+        "replay": {"control_mode": "pd_joint_delta_pos", "arm_noise": 0.03},
+        "actions": {"delta": False},
+    }
+    assert "replay.arm_noise needs replay.control_mode pd_joint_pos" in message(config)
+
+
 @pytest.mark.parametrize("run", ["pickcube", "pushcube", "pullcube", "placesphere"])
 def test_a_camera_that_the_robot_lacks_names_those_there_are(config, run):
     config["runs"][run]["replay"] = {"cameras": {"base_0_rgb": "base_camera", "left_wrist_0_rgb": "hand_camera"}}

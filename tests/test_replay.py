@@ -111,6 +111,23 @@ def test_states_of_other_things_are_a_sentence(pushcube_demos):
             check_states(environment, dataclasses.replace(demonstrations[0], states=changed), Path("a.h5"))
 
 
+def test_arm_noise_displaces_looks_alone(stackcube_demos):
+    demonstrations, _ = read_demonstrations(stackcube_demos.parent / "trajectory.h5", "StackCube-v1")
+    cameras = ["base_camera", "hand_camera"]
+    environment = make_environment("StackCube-v1", control_mode="pd_joint_pos", cameras=cameras, image_size=64)
+    # At the start, on the way to the cube, and on the way with it.
+    looks = np.array([0, 15, 75])
+    (parts, images), (moved, seen) = (observe(environment, demonstrations[0], looks, noise) for noise in (0.0, 0.03))
+    others = np.setdiff1d(np.arange(len(parts["qpos"])), looks)
+    for part in parts:
+        np.testing.assert_array_equal(moved[part][others], parts[part][others])
+    for number, step in enumerate(looks):
+        assert (moved["qpos"][step, :7] != parts["qpos"][step, :7]).all()
+        assert np.abs(moved["tcp_pose"][step] - parts["tcp_pose"][step]).max() > 1e-3
+        for camera in cameras:
+            assert (seen[camera][number] != images[camera][number]).any()
+
+
 @pytest.mark.parametrize("mode", ["pd_joint_delta_pos", "pd_ee_delta_pose"])
 def test_a_conversion_does_not_depend_on_the_one_before(stackcube_demos, mode):
     first, second = read_demonstrations(stackcube_demos.parent / "trajectory.h5", "StackCube-v1")[0]

@@ -134,6 +134,8 @@ def problems(settings: Mapping) -> Iterator[str]:
         yield "actions.delta needs replay.control_mode pd_joint_pos and 'qpos' as the first part of dataset.state."
     if training["state_noise"] and dataset["state"][0] != "qpos":
         yield "training.state_noise needs 'qpos' as the first part of dataset.state."
+    if settings["replay"]["arm_noise"] and settings["replay"]["control_mode"] != "pd_joint_pos":
+        yield "replay.arm_noise needs replay.control_mode pd_joint_pos: only absolute joint targets lead a displaced arm back."
     if training["steps"] % training["save_every"]:
         yield f"training.steps {training['steps']} is not a multiple of training.save_every {training['save_every']}."
     if training["steps"] // training["save_every"] > 300:

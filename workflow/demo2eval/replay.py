@@ -11,6 +11,9 @@ succeed any more is left out and counted in the manifest.
 A demonstration of this control mode that brings observations as ManiSkill records them with obs_mode rgb (pictures uint8 [T + 1, H, W, 3]
 of all these cameras in this size, and all parts of the state) is not rendered: its pictures are taken as they are, and the manifest counts
 it as `already_rendered`.
+
+With `arm_noise` every look is rendered, the arm displaced (`demo2eval.maniskill.displacement`). What obs/ holds of these steps is of
+the displaced arm; actions and env_states are the demonstration's.
 """
 
 import functools
@@ -26,6 +29,7 @@ from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.demonstrations import Demonstration, sound_demonstrations
 from demo2eval.errors import UserError
 from demo2eval.manifest import making, write_atomic
+from demo2eval.maniskill.displacement import Displacement
 from demo2eval.maniskill.environment import limit_threads, look, make_environment, state_parts
 from demo2eval.maniskill.tasks import STATE_DIMS, check_cameras, find_task
 
@@ -39,6 +43,7 @@ class Settings:
     cameras: list = option('cameras to render, such as ["base_camera"]')
     image_size: int = option("side of the pictures, pixels", 128)
     render_every: int = option("render every k-th control step", 1)
+    arm_noise: float = option("standard deviation, radians, of noise on the arm's joints at each look", 0.0)
     on_bad: str = option("refuse the shard if a demonstration is bad, or skip it", "refuse")
 
 
@@ -143,17 +148,21 @@ def check_states(environment, demonstration: Demonstration, file: Path) -> None:
         )
 
 
-def observe(environment, demonstration: Demonstration, looks: np.ndarray) -> tuple[dict, dict]:
-    """Set each recorded state and observe it.
+def observe(environment, demonstration: Demonstration, looks: np.ndarray, arm_noise: float = 0.0) -> tuple[dict, dict]:
+    """Set each recorded state and observe it; at looks, the arm displaced by `arm_noise` if there is any.
 
     Returns:
         ({part: float32 [T + 1, dim]}, {camera: uint8 [looks, H, W, 3]}).
     """
     environment.reset(seed=demonstration.seed)
+    environment.unwrapped.set_state_dict(nest_state(demonstration.states, 0))
+    displacement = Displacement(environment, demonstration, arm_noise) if arm_noise else None
     parts, images, rendered = [], [], set(looks.tolist())
     for step in range(len(demonstration.actions) + 1):
         environment.unwrapped.set_state_dict(nest_state(demonstration.states, step))
         if step in rendered:
+            if displacement:
+                displacement.at(step)
             observation = look(environment)
             images.append(observation["images"])
             parts.append(observation["state"])
@@ -172,11 +181,14 @@ def recorded(group, settings: Settings, length: int, looks: np.ndarray) -> tuple
     """Return what `observe` would from the observations that a demonstration of `length` actions brings in its HDF5 group.
 
     Returns:
-        ({part: float32 [T + 1, dim]}, {camera: uint8 [looks, H, W, 3]}), or None if something is missing or of another size.
+        ({part: float32 [T + 1, dim]}, {camera: uint8 [looks, H, W, 3]}), or None if something is missing or of another size,
+        or looks shall show a displaced arm.
 
     Raises:
         UserError: if they are there but cannot be read, or the state holds NaN or infinity.
     """
+    if settings.arm_noise:
+        return None
     picture = (np.uint8, (length + 1, settings.image_size, settings.image_size, 3))
     cameras = {camera: f"obs/sensor_data/{camera}/rgb" for camera in settings.cameras}
     parts = {part: part_place(part) for part in find_task(settings.task).state_parts}
@@ -263,7 +275,7 @@ def replay_shard(settings: Settings, source: Path, folder: Path) -> dict:
             already += seen is not None
             if seen is None:
                 check_states(simulator(settings.control_mode), kept, source / "trajectory.h5")
-                seen = observe(simulator(settings.control_mode), kept, looks)
+                seen = observe(simulator(settings.control_mode), kept, looks, settings.arm_noise)
             write_demonstration(file.create_group(f"traj_{len(episodes)}"), kept, *seen, looks)
             file.check()
             episodes.append(episode_entry(len(episodes), kept))

@@ -124,6 +124,7 @@ def replay_settings(run):
         "cameras": sorted(replay["cameras"].values()),
         "image_size": replay["image_size"],
         "render_every": replay["render_every"],
+        "arm_noise": replay["arm_noise"],
     } | on_bad(run)
 
 
