@@ -2,16 +2,16 @@
 
     python benchmarks/data.py results/replays/<name>/shard-000/manifest.json
 
-Best on a replay of every step (`render_every: 1`), so that every row has a picture of its own; with other replays the comparison of
+Best on a replay of every step (`image_stride: 1`), so that every row has a picture of its own; with other replays the comparison of
 reading is left out. Everything is made anew in a temporary folder. Twenty demonstrations of StackCube take about ten minutes on two cores.
 
-conversion  one process of each makes the same dataset from the same demonstrations: `demo2eval.dataset` with one worker, and
+conversion  one process of each makes the same dataset from the same demonstrations: `demo2eval.data.dataset` with one worker, and
             `LeRobotDataset.create`, `add_frame`, `save_episode` with one encoder thread. Pictures are stored as PNG by both, then as
             video by both (h264, 4:4:4, the same crf, preset, key frames and no B-frames). By default LeRobot writes the pictures of a
             video as PNG files first, which is what is compared; its streaming encoder, whose threads run beside, is in the table as well.
-statistics  `demo2eval.norm_stats` reads columns; openpi iterates over the dataset, pictures and all, and keeps running moments and
+statistics  `demo2eval.data.norm_stats` reads columns; openpi iterates over the dataset, pictures and all, and keeps running moments and
             histograms of 5000 bins. Written here from its description: `LeRobotDataset` behind a DataLoader of two workers.
-reading     batches of 256 samples, chunks of 20 actions, two cameras: `TrainingData` on one thread, from `demo2eval.training_cache`,
+reading     batches of 256 samples, chunks of 20 actions, two cameras: `TrainingData` on one thread, from `demo2eval.data.image_cache`,
             and `LeRobotDataset` behind a DataLoader of two workers, shuffled. Ours gives normalised, padded batches with tokens,
             LeRobot's just pictures, state and actions.
 
@@ -33,13 +33,14 @@ from pathlib import Path
 
 import numpy as np
 
-from demo2eval import norm_stats, training_cache
-from demo2eval.chunks import chunk_rows, last_rows
-from demo2eval.dataset import Settings, dataset, inspect, make_features, survey
-from demo2eval.lerobot_reader import IMAGE_PREFIX, dataset_root, image_keys, read_columns, read_info, video_rows
-from demo2eval.lerobot_writer import KEY_FRAME_INTERVAL, PRESET, picture_of_row, read_state
-from demo2eval.manifest import read_manifest
-from demo2eval.pi0.normalization import load_norm_stats
+from demo2eval.data import image_cache as training_cache
+from demo2eval.data import norm_stats
+from demo2eval.data.chunks import chunk_rows, last_rows
+from demo2eval.data.dataset import Settings, dataset, inspect, make_features, survey
+from demo2eval.data.lerobot_reader import IMAGE_PREFIX, dataset_root, image_keys, read_columns, read_info, video_rows
+from demo2eval.data.lerobot_writer import KEY_FRAME_INTERVAL, PRESET, picture_of_row, read_state
+from demo2eval.pi0.normalize import load_norm_stats
+from demo2eval.provenance import read_manifest
 
 HORIZON, BATCH, WORKERS, BINS = 20, 256, 2, 5000
 OPENPI_BATCH = 32
@@ -340,8 +341,8 @@ def compare_statistics(made: Path, folder: Path, repeats: int) -> None:
 
 def our_batches(made: Path, folder: Path, cameras: list[str], prompt: str, image_size: int):
     """Return `TrainingData` on a new cache of the dataset of manifest `made`, with its norm stats in `folder`."""
+    from demo2eval.data.loader import Prompt, TrainingData
     from demo2eval.pi0.tokenizer import Tokenizer
-    from demo2eval.training.loader import Prompt, TrainingData
 
     cache, stats = folder / f"cache-{image_size}" / "manifest.json", folder / "norm_stats" / "manifest.json"
     if not stats.exists():

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from demo2eval.errors import UserError
-from demo2eval.manifest import read_manifest
+from demo2eval.provenance import read_manifest
 
 COLUMNS = (
     "run",

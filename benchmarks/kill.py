@@ -63,7 +63,7 @@ def make_copy(folder: Path, shards: int, demonstrations: int) -> None:
     run = {
         "task": "PushCube-v1",
         "demos": {"count": shards * demonstrations, "shard_size": demonstrations},
-        "replay": {"image_size": 64, "render_every": 12},
+        "replay": {"image_size": 64, "image_stride": 12},
         "dataset": {"image_storage": "video"},
         "model": {"variant": "pi05_tiny", "weights": None, "tokenizer": None},
     }

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from demo2eval.pi0.config import Pi0Config, make_config
 from demo2eval.pi0.model import Observation
-from demo2eval.pi0.parameters import flatten, init_params, unflatten
+from demo2eval.pi0.params import flatten, init_params, unflatten
 from demo2eval.pi0.sampling import compiler_options, fold, sample
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")

@@ -150,7 +150,7 @@ def find_python():
 
 
 def has_nvidia_gpu():
-    """Whether an NVIDIA driver lists a GPU; as `demo2eval.maniskill.environment.render_backend` asks."""
+    """Whether an NVIDIA driver lists a GPU; as `demo2eval.maniskill.env.render_backend` asks."""
     if not any(glob.glob(pattern) for pattern in GPU_DEVICES):
         return False
     return (output_of("nvidia-smi", "-L") or "").startswith("GPU ")

@@ -37,10 +37,10 @@ def stackcube_demos() -> Path:
 @pytest.fixture(scope="session")
 def pushcube_replay(pushcube_demos, tmp_path_factory) -> Path:
     """Manifest of the three demonstrations replayed with pictures at every sixth step."""
-    from demo2eval.replay import Settings, replay
+    from demo2eval.data.replay import Settings, replay
 
     output = tmp_path_factory.mktemp("replay") / "shard-000" / "manifest.json"
-    replay(Settings(task="PushCube-v1", cameras=["base_camera"], render_every=6), pushcube_demos, output)
+    replay(Settings(task="PushCube-v1", cameras=["base_camera"], image_stride=6), pushcube_demos, output)
     return output
 
 
@@ -49,7 +49,7 @@ def pushcube_shards(pushcube_replay, tmp_path_factory) -> list[Path]:
     """Manifests of two shards, which share the three replayed demonstrations: two in the first, one in the second."""
     import h5py
 
-    from demo2eval.manifest import read_manifest, sha256_file, sha256_text, to_json
+    from demo2eval.provenance import read_manifest, sha256_file, sha256_text, to_json
 
     folder, manifests = tmp_path_factory.mktemp("shards"), []
     description = json.loads(pushcube_replay.with_name("trajectory.json").read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE_PARENT = Path(__file__).resolve().parent.parent / "workflow"
-MODULE = "demo2eval.success_table"
+MODULE = "demo2eval.evaluation.success_table"
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_an_edit_counts_and_restoring_undoes_it(package):
 
 
 def test_an_imported_module_counts_and_another_does_not(package):
-    module = "demo2eval.train_segment"
+    module = "demo2eval.training.train"
     before = fingerprint(package, module)
     edit(package, "success_table.py", lambda text: text + "\nEDITED = 1\n")
     assert fingerprint(package, module) == before
@@ -67,7 +67,7 @@ def test_bookkeeping_does_not_count(package):
 
 
 def test_the_words_of_a_user_error_do_not_count(package):
-    module = "demo2eval.description"
+    module = "demo2eval.checkpoints.policy_metadata"
     before = fingerprint(package, module)
     edit(package, "description.py", lambda text: text.replace("was written by another version", "is of another version"))
     assert fingerprint(package, module) == before

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from demo2eval.maniskill import environment
+from demo2eval.maniskill import env as environment
 
 SCRIPT = Path(__file__).resolve().parent.parent / "envs/setup.py"
 

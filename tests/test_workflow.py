@@ -124,8 +124,8 @@ def test_another_run_shares_the_data(checkout):
 
 
 def test_skipping_bad_demonstrations_begins_at_the_replay_and_refusing_changes_nothing(checkout):
-    assert planned(checkout, smallest={"demos": {"on_bad": "refuse"}}) == {}
-    jobs = planned(checkout, smallest={"demos": {"on_bad": "skip"}})
+    assert planned(checkout, smallest={"demos": {"on_invalid": "error"}}) == {}
+    jobs = planned(checkout, smallest={"demos": {"on_invalid": "skip"}})
     assert "plan" not in jobs
     assert jobs["replay"] >= 1
 

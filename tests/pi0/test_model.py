@@ -12,7 +12,7 @@ import pytest
 
 from demo2eval.pi0 import layers, model, sampling
 from demo2eval.pi0.config import LoraConfig, Pi0Config, make_config
-from demo2eval.pi0.parameters import flatten, init_params, split_trainable, unflatten
+from demo2eval.pi0.params import flatten, init_params, split_trainable, unflatten
 
 SMALL = {"action_horizon": 4, "siglip.image_size": 32, "vocab_size": 50, "continuous_state_token": True}
 

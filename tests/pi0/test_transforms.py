@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from demo2eval.pi0.normalization import exact_stats, load_norm_stats, save_norm_stats
+from demo2eval.pi0.normalize import exact_stats, load_norm_stats, save_norm_stats
 from demo2eval.pi0.tokenizer import Tokenizer
 from demo2eval.pi0.transforms import augment
 

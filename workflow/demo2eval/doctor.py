@@ -26,7 +26,7 @@ RENDER = """
 import sys
 import sapien
 name = next(line for line in sapien.render.get_device_summary().splitlines() if line.startswith("GPU:"))
-from demo2eval.maniskill.environment import look, make_environment, render_backend
+from demo2eval.maniskill.env import look, make_environment, render_backend
 environment = make_environment("PushCube-v1", control_mode="pd_joint_pos", cameras=["base_camera"], image_size=32)
 environment.reset(seed=0)
 if look(environment)["images"]["base_camera"].std() < 5:

@@ -4,7 +4,7 @@ A module's import closure is its own file and every first-party module that it i
 and comments, layout, docstrings, help texts and the words of user errors are left out before hashing, so a reformatted file or a
 better sentence keeps finished work. Modules that only do the bookkeeping (`BOOKKEEPING`) never count.
 
-    python -m demo2eval.fingerprint demo2eval.train_segment
+    python -m demo2eval.fingerprint demo2eval.training.train
 """
 
 import ast
@@ -106,7 +106,7 @@ def code_fingerprint(module: str) -> str:
     """Return a hash (16 hex digits) of what `module` and its import closure do.
 
     Args:
-        module: dotted name, such as "demo2eval.dataset".
+        module: dotted name, such as "demo2eval.data.dataset".
     """
     closure = import_closure(module)
     lines = [f"{name} {_file_digest(path, path.stat().st_mtime_ns)}" for name, path in closure.items()]

@@ -16,8 +16,8 @@ from pathlib import Path
 BASE = Path(workflow.basedir)
 sys.path.insert(0, str(BASE / "workflow"))
 
-from demo2eval import configuration
-from demo2eval.configuration import SHARD_SEEDS, delta_action_mask, shard_count, steps_of
+from demo2eval import config
+from demo2eval.config import SHARD_SEEDS, delta_action_mask, shard_count, steps_of
 from demo2eval.errors import UserError
 from demo2eval.fingerprint import code_fingerprint
 
@@ -64,13 +64,13 @@ def be_alone_or_beside_the_living():
 
 ALIVE = be_alone_or_beside_the_living() if workflow.is_main_process else None
 
-told(configuration.check)(config)
+told(config.check)(config)
 
 
 @cache
 @told
 def settings(run):
-    return configuration.run_settings(config, run)
+    return config.run_settings(config, run)
 
 
 def code(module):
@@ -96,10 +96,10 @@ def name(run, stage, values):
 # What each stage is given, as options of its module. The names of shared work follow from these.
 
 
-def on_bad(run):
+def on_invalid(run):
     """What is to be done about bad demonstrations, as a setting of the stages that read them; nothing where they are refused."""
-    wanted = settings(run)["demos"]["on_bad"]
-    return {} if wanted == "refuse" else {"on_bad": wanted}
+    wanted = settings(run)["demos"]["on_invalid"]
+    return {} if wanted == "error" else {"on_invalid": wanted}
 
 
 def demos_settings(run):
@@ -107,7 +107,7 @@ def demos_settings(run):
     planned = demos["source"] == "plan"
     kept = ("shard_size", "first_seed") if planned else ("count",)
     common = {"task": settings(run)["task"], "source": demos["source"]} | {key: demos[key] for key in kept}
-    return common | ({} if planned else on_bad(run))
+    return common | ({} if planned else on_invalid(run))
 
 
 def demos_name(run):
@@ -123,9 +123,9 @@ def replay_settings(run):
         "control_mode": replay["control_mode"],
         "cameras": sorted(replay["cameras"].values()),
         "image_size": replay["image_size"],
-        "render_every": replay["render_every"],
-        "arm_noise": replay["arm_noise"],
-    } | on_bad(run)
+        "image_stride": replay["image_stride"],
+        "joint_perturbation": replay["joint_perturbation"],
+    } | on_invalid(run)
 
 
 def replay_name(run):
@@ -144,7 +144,7 @@ def dataset_settings(run):
             "count": settings(run)["demos"]["count"],
         }
         | video
-        | on_bad(run)
+        | on_invalid(run)
     )
 
 
@@ -165,8 +165,8 @@ def norm_stats_settings(run):
     return {
         "action_horizon": settings(run)["model"]["action_horizon"],
         "delta_action_mask": delta_action_mask(settings(run)),
-        "chunkwise_action_stats": actions["chunkwise_stats"],
-        "scale_floor": actions["scale_floor"],
+        "per_timestep_action_stats": actions["per_timestep_action_stats"],
+        "min_scale": actions["min_scale"],
         "state_noise": settings(run)["training"]["state_noise"],
     }
 
@@ -205,24 +205,24 @@ def init_settings(run):
 
 def training_settings(run):
     training = settings(run)["training"]
-    return {key: value for key, value in training.items() if key not in ("steps", "save_every")}
+    return {key: value for key, value in training.items() if key not in ("steps", "save_interval")}
 
 
 def rollout_settings(run):
     evaluation = settings(run)["evaluation"]
-    keys = ("episodes", "first_seed", "max_episode_steps", "replan_interval", "flow_steps", "policy_seed")
+    keys = ("episodes", "first_seed", "max_episode_steps", "replan_steps", "num_steps", "policy_seed")
     return {"task": settings(run)["task"]} | {key: evaluation[key] for key in keys}
 
 
 def video_settings(run):
     evaluation = settings(run)["evaluation"]
-    return rollout_settings(run) | {"episodes": min(evaluation["episodes"], evaluation["video_episodes"])}
+    return rollout_settings(run) | {"episodes": min(evaluation["episodes"], evaluation["num_videos"])}
 
 
 def action_error_settings(run):
     evaluation = settings(run)["evaluation"]
-    kept = {key: evaluation[key] for key in ("replan_interval", "flow_steps", "policy_seed")}
-    return {"held_out": settings(run)["training"]["held_out"]} | kept
+    kept = {key: evaluation[key] for key in ("replan_steps", "num_steps", "policy_seed")}
+    return {"num_val_demos": settings(run)["training"]["num_val_demos"]} | kept
 
 
 # From the wildcards of shared work back to a run that uses it. Equal names mean equal settings, so any such run will do.
@@ -253,7 +253,7 @@ def demos_source(wildcards):
 
 def taken_options(wildcards):
     run = run_of(demos_name, wildcards.demos)
-    return options({"task": settings(run)["task"], "count": settings(run)["demos"]["count"]} | on_bad(run))
+    return options({"task": settings(run)["task"], "count": settings(run)["demos"]["count"]} | on_invalid(run))
 
 
 def shards(stage, naming):
@@ -271,7 +271,7 @@ def checkpoint(run, step):
 
 
 def previous_checkpoint(wildcards):
-    every = settings(wildcards.run)["training"]["save_every"]
+    every = settings(wildcards.run)["training"]["save_interval"]
     if int(wildcards.step) % every:
         raise WorkflowError(f"run {wildcards.run!r} has a checkpoint every {every} steps; {wildcards.step} is none of them.")
     return checkpoint(wildcards.run, int(wildcards.step) - every)
@@ -283,7 +283,7 @@ def check_before_work():
         return
     jobs = list(workflow.dag.needrun_jobs())
     for run in sorted({job.wildcards.run for job in jobs if job.rule.name == "init_checkpoint"}):
-        if sentence := configuration.missing_weights(settings(run), run):
+        if sentence := config.missing_weights(settings(run), run):
             raise WorkflowError(sentence)
     if any(job.rule.name == "plan" for job in jobs) and not PLANNING_PYTHON.exists():
         raise WorkflowError("the planning environment, envs/planning/.venv, does not exist: run `make setup`.")

@@ -11,9 +11,9 @@ rule dataset:
     threads: 8
     params:
         options=lambda wildcards: options(dataset_settings(run_of(dataset_name, wildcards.dataset))),
-        code=code("dataset"),
+        code=code("data.dataset"),
     shell:
-        "{PYTHON} -m demo2eval.dataset {params.options} --inputs {input} --output {output} --workers {threads} 2>&1 | tee {log}"
+        "{PYTHON} -m demo2eval.data.dataset {params.options} --inputs {input} --output {output} --workers {threads} 2>&1 | tee {log}"
 
 
 rule norm_stats:
@@ -25,9 +25,9 @@ rule norm_stats:
         "results/{run}/norm_stats/norm_stats.log",
     params:
         options=lambda wildcards: options(norm_stats_settings(wildcards.run)),
-        code=code("norm_stats"),
+        code=code("data.norm_stats"),
     shell:
-        "{PYTHON} -m demo2eval.norm_stats {params.options} --input {input} --output {output} 2>&1 | tee {log}"
+        "{PYTHON} -m demo2eval.data.norm_stats {params.options} --input {input} --output {output} 2>&1 | tee {log}"
 
 
 rule training_cache:
@@ -40,7 +40,7 @@ rule training_cache:
     threads: 8
     params:
         options=lambda wildcards: options(cache_settings(run_of(cache_name, wildcards.cache))),
-        code=code("training_cache"),
+        code=code("data.image_cache"),
     shell:
-        "{PYTHON} -m demo2eval.training_cache {params.options} --input {input} --output {output} --workers {threads}"
+        "{PYTHON} -m demo2eval.data.image_cache {params.options} --input {input} --output {output} --workers {threads}"
         " 2>&1 | tee {log}"

@@ -10,9 +10,9 @@ rule plan:
         demos=".+-planned-.+",
     params:
         options=plan_options,
-        code=code("plan"),
+        code=code("data.plan"),
     shell:
-        "{PLAN} -m demo2eval.plan {params.options} --output {output} 2>&1 | tee {log}"
+        "{PLAN} -m demo2eval.data.plan {params.options} --output {output} 2>&1 | tee {log}"
 
 
 rule download_demos:
@@ -24,9 +24,9 @@ rule download_demos:
         demos=".+-published-.+",
     params:
         options=taken_options,
-        code=code("download_demos"),
+        code=code("data.download_demos"),
     shell:
-        "{PYTHON} -m demo2eval.download_demos {params.options} --output {output} 2>&1 | tee {log}"
+        "{PYTHON} -m demo2eval.data.download_demos {params.options} --output {output} 2>&1 | tee {log}"
 
 
 rule import_demos:
@@ -41,9 +41,9 @@ rule import_demos:
         demos=".+-file-.+",
     params:
         options=taken_options,
-        code=code("import_demos"),
+        code=code("data.import_demos"),
     shell:
-        "{PYTHON} -m demo2eval.import_demos {params.options} --input {input.trajectories} --output {output} 2>&1 | tee {log}"
+        "{PYTHON} -m demo2eval.data.import_demos {params.options} --input {input.trajectories} --output {output} 2>&1 | tee {log}"
 
 
 rule replay:
@@ -55,6 +55,6 @@ rule replay:
         "results/replays/{replay}/shard-{shard}/replay.log",
     params:
         options=lambda wildcards: options(replay_settings(run_of(replay_name, wildcards.replay))),
-        code=code("replay"),
+        code=code("data.replay"),
     shell:
-        "{PYTHON} -m demo2eval.replay {params.options} --input {input} --output {output} 2>&1 | tee {log}"
+        "{PYTHON} -m demo2eval.data.replay {params.options} --input {input} --output {output} 2>&1 | tee {log}"

@@ -15,9 +15,9 @@ rule rollout:
         simulators=lambda wildcards: settings(wildcards.run)["evaluation"]["workers"],
     params:
         options=lambda wildcards: options(rollout_settings(wildcards.run)),
-        code=code("rollout"),
+        code=code("evaluation.rollout"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.rollout {params.options} --checkpoint {input.checkpoint} --dataset {input.dataset}"
+        "{JAX_PYTHON} -m demo2eval.evaluation.rollout {params.options} --checkpoint {input.checkpoint} --dataset {input.dataset}"
         " --output {output} --workers {resources.simulators} 2>&1 | tee {log}"
 
 
@@ -33,9 +33,9 @@ rule video:
         gpu=1,
     params:
         options=lambda wildcards: options(video_settings(wildcards.run)),
-        code=code("video"),
+        code=code("evaluation.video"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.video {params.options} --checkpoint {input} --output {output} --workers {threads} 2>&1 | tee {log}"
+        "{JAX_PYTHON} -m demo2eval.evaluation.video {params.options} --checkpoint {input} --output {output} --workers {threads} 2>&1 | tee {log}"
 
 
 rule success_table:
@@ -49,9 +49,9 @@ rule success_table:
     log:
         "results/{run}/logs/success_table.log",
     params:
-        code=code("success_table"),
+        code=code("evaluation.success_table"),
     shell:
-        "{PYTHON} -m demo2eval.success_table --run {wildcards.run} --inputs {input.rollouts}"
+        "{PYTHON} -m demo2eval.evaluation.success_table --run {wildcards.run} --inputs {input.rollouts}"
         " --table {output.table} --curve {output.curve} --stages {output.stages} 2>&1 | tee {log}"
 
 
@@ -71,9 +71,9 @@ rule video_of_failures:
         gpu=1,
     params:
         options=lambda wildcards: options(video_settings(wildcards.run)),
-        code=code("video"),
+        code=code("evaluation.video"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.video {params.options} --checkpoint {input.checkpoint} --failures-of {input.rollouts}"
+        "{JAX_PYTHON} -m demo2eval.evaluation.video {params.options} --checkpoint {input.checkpoint} --failures-of {input.rollouts}"
         " --output {output} --workers {threads} 2>&1 | tee {log}"
 
 
@@ -90,7 +90,7 @@ rule action_error:
         gpu=1,
     params:
         options=lambda wildcards: options(action_error_settings(wildcards.run)),
-        code=code("action_error"),
+        code=code("evaluation.action_error"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.action_error {params.options} --checkpoint {input.checkpoint} --cache {input.cache}"
+        "{JAX_PYTHON} -m demo2eval.evaluation.action_error {params.options} --checkpoint {input.checkpoint} --cache {input.cache}"
         " --output {output} 2>&1 | tee {log}"

@@ -10,9 +10,9 @@ rule init_checkpoint:
         "results/{run}/logs/init_checkpoint.log",
     params:
         options=lambda wildcards: options(init_settings(wildcards.run)),
-        code=code("init_checkpoint"),
+        code=code("training.init_checkpoint"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.init_checkpoint {params.options} --norm-stats {input.norm_stats} --output {output}"
+        "{JAX_PYTHON} -m demo2eval.training.init_checkpoint {params.options} --norm-stats {input.norm_stats} --output {output}"
         " 2>&1 | tee {log}"
 
 
@@ -32,7 +32,7 @@ rule train_segment:
         gpu=1,
     params:
         options=lambda wildcards: options({"to_step": int(wildcards.step)} | training_settings(wildcards.run)),
-        code=code("train_segment"),
+        code=code("training.train"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.train_segment {params.options} --previous {input.previous} --cache {input.cache}"
+        "{JAX_PYTHON} -m demo2eval.training.train {params.options} --previous {input.previous} --cache {input.cache}"
         " --output {output} 2>&1 | tee {log}"

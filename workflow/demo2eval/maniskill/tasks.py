@@ -18,7 +18,7 @@ class Task:
         longest_demonstration: control steps of the longest demonstration that the motion planner was seen to make.
         object: what is manipulated, an attribute of ManiSkill's environment.
         reach: distance, meters, of the tool centre point from it at which it counts as reached.
-        stages: through which a demonstration goes, in order; the last is success (`demo2eval.maniskill.stages`).
+        stages: through which a demonstration goes, in order; the last is success (`demo2eval.maniskill.milestones`).
         placed: what ManiSkill's information calls the object's being in its place; None where that is success.
         half_length: attribute with half the length of a long object, shape [1, 3], along its x axis; None for a compact one.
         robot: ManiSkill's default robot for the task. All of its environments have it, from planning to evaluation: the two Pandas

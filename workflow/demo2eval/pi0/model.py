@@ -149,14 +149,14 @@ def flow_loss(config: Pi0Config, params: dict, observation: Observation, actions
 
 
 def compute_loss(
-    config: Pi0Config, params: dict, key: jax.Array, observation: Observation, actions: jax.Array, noise_draws: int = 1
+    config: Pi0Config, params: dict, key: jax.Array, observation: Observation, actions: jax.Array, num_noise_samples: int = 1
 ) -> jax.Array:
     """`flow_loss` at noise and time drawn from `key`, the same that openpi draws: time is Beta(1.5, 1) * 0.999 + 0.001.
 
-    With several `noise_draws` a sample, ours, the loss is their mean, and pictures and prompt are read once for all of them.
+    With several `num_noise_samples` a sample, ours, the loss is their mean, and pictures and prompt are read once for all of them.
     """
     _, noise_key, time_key = jax.random.split(key, 3)  # the first is that of openpi's augmentation
-    several = () if noise_draws == 1 else (noise_draws,)
+    several = () if num_noise_samples == 1 else (num_noise_samples,)
     noise = jax.random.normal(noise_key, (*several, *actions.shape))
     time = jax.random.beta(time_key, 1.5, 1, (*several, *actions.shape[:1])) * 0.999 + 0.001
     if several:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from demo2eval.pi0.normalization import normalize, unnormalize
+from demo2eval.pi0.normalize import normalize, unnormalize
 
 __all__ = ["absolute_actions", "augment", "delta_actions", "normalize", "pad", "resize_with_pad", "unnormalize"]
 

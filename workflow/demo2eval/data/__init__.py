@@ -1,0 +1,1 @@
+"""From demonstrations to the samples that training reads."""

@@ -1,0 +1,1 @@
+"""Rollouts of checkpoints in ManiSkill, and what is told about them."""
