@@ -37,7 +37,14 @@ from demo2eval.data import image_cache as training_cache
 from demo2eval.data import norm_stats
 from demo2eval.data.chunks import chunk_rows, last_rows
 from demo2eval.data.dataset import Settings, dataset, inspect, make_features, survey
-from demo2eval.data.lerobot_reader import IMAGE_PREFIX, dataset_root, image_keys, read_columns, read_info, video_rows
+from demo2eval.data.lerobot_reader import (
+    IMAGE_PREFIX,
+    dataset_root,
+    image_keys,
+    read_columns,
+    read_info,
+    video_rows,
+)
 from demo2eval.data.lerobot_writer import KEY_FRAME_INTERVAL, PRESET, picture_of_row, read_state
 from demo2eval.pi0.normalize import load_norm_stats
 from demo2eval.provenance import read_manifest
@@ -66,12 +73,16 @@ def timed(function: Callable, repeats: int, before: Callable = lambda: None) -> 
         started, cpu = time.perf_counter(), sum(os.times()[:4])
         function()
         times.append(Time(time.perf_counter() - started, sum(os.times()[:4]) - cpu))
-    return Time(statistics.median(one.wall for one in times), statistics.median(one.cpu for one in times))
+    return Time(
+        statistics.median(one.wall for one in times), statistics.median(one.cpu for one in times)
+    )
 
 
 def show(name: str, amount: int, unit: str, time: Time, note: str = "") -> None:
     """Print one line of a table."""
-    rates = f"{amount / time.wall:10.1f} {unit}/s  {amount / max(time.cpu, 1e-9):10.1f} {unit}/CPU s"
+    rates = (
+        f"{amount / time.wall:10.1f} {unit}/s  {amount / max(time.cpu, 1e-9):10.1f} {unit}/CPU s"
+    )
     print(f"  {name:34s} {time.wall:8.3f} s  {time.cpu:8.3f} CPU s  {rates}  {note}", flush=True)
 
 
@@ -97,10 +108,20 @@ def lerobot_convert(settings: Settings, replay: Path, root: Path, streaming: boo
     source = survey(inspect([replay], settings), settings)
     options = {}
     if settings.image_storage == "video":
-        encoder = {"vcodec": "h264", "pix_fmt": "yuv444p", "g": KEY_FRAME_INTERVAL, "crf": settings.video_crf, "preset": PRESET}
+        encoder = {
+            "vcodec": "h264",
+            "pix_fmt": "yuv444p",
+            "g": KEY_FRAME_INTERVAL,
+            "crf": settings.video_crf,
+            "preset": PRESET,
+        }
         options["rgb_encoder"] = RGBEncoderConfig(**encoder, extra_options={"bf": "0"})
         # Its streaming encoder drops pictures that find the queue full.
-        options |= {"encoder_threads": 1, "streaming_encoding": streaming, "encoder_queue_maxsize": sum(source.lengths)}
+        options |= {
+            "encoder_threads": 1,
+            "streaming_encoding": streaming,
+            "encoder_queue_maxsize": sum(source.lengths),
+        }
     made = LeRobotDataset.create(
         REPO,
         settings.fps,
@@ -111,14 +132,24 @@ def lerobot_convert(settings: Settings, replay: Path, root: Path, streaming: boo
         **options,
     )
     with h5py.File(source.shards[0].source) as file:
-        for name, length in zip(source.shards[0].trajectories, source.shards[0].lengths, strict=True):
+        for name, length in zip(
+            source.shards[0].trajectories, source.shards[0].lengths, strict=True
+        ):
             group = file[name]
             actions, state = group["actions"][()], read_state(group, tuple(settings.state), length)
             index, age = picture_of_row(group, tuple(settings.cameras), length)
-            pictures = {camera: group[f"obs/sensor_data/{camera}/rgb"][()] for camera in settings.cameras}
+            pictures = {
+                camera: group[f"obs/sensor_data/{camera}/rgb"][()] for camera in settings.cameras
+            }
             for row in range(length):
-                frame = {"action": actions[row], "observation.state": state[row], "picture_age": age[row : row + 1]}
-                frame |= {IMAGE_PREFIX + camera: values[index[row]] for camera, values in pictures.items()}
+                frame = {
+                    "action": actions[row],
+                    "observation.state": state[row],
+                    "picture_age": age[row : row + 1],
+                }
+                frame |= {
+                    IMAGE_PREFIX + camera: values[index[row]] for camera, values in pictures.items()
+                }
                 made.add_frame(frame | {"task": settings.prompt})
             made.save_episode(parallel_encoding=False)
     made.finalize()
@@ -129,7 +160,10 @@ def columns_equal(one: Path, other: Path) -> bool:
     info = read_info(one)
     names = [name for name in info["features"] if name not in image_keys(info)]
     ours, theirs = read_columns(one, names), read_columns(other, names)
-    return all(ours[name].dtype == theirs[name].dtype and np.array_equal(ours[name], theirs[name]) for name in names)
+    return all(
+        ours[name].dtype == theirs[name].dtype and np.array_equal(ours[name], theirs[name])
+        for name in names
+    )
 
 
 def stored_pictures(root: Path, key: str) -> Iterator[np.ndarray]:
@@ -145,9 +179,15 @@ def picture_differences(one: Path, other: Path) -> tuple[int, float]:
     """Return (largest, mean) absolute difference of the decoded pictures of two datasets, of 255."""
     largest, total, number = 0, 0.0, 0
     for key in image_keys(read_info(one)):
-        for ours, theirs in zip(stored_pictures(one, key), stored_pictures(other, key), strict=True):
+        for ours, theirs in zip(
+            stored_pictures(one, key), stored_pictures(other, key), strict=True
+        ):
             difference = np.abs(ours.astype(np.int16) - theirs)
-            largest, total, number = max(largest, int(difference.max())), total + difference.mean(), number + 1
+            largest, total, number = (
+                max(largest, int(difference.max())),
+                total + difference.mean(),
+                number + 1,
+            )
     return largest, total / number
 
 
@@ -171,14 +211,24 @@ def compare_conversion(settings: Settings, replay: Path, folder: Path, repeats: 
 
     fast = convert(lambda: dataset(settings, [replay], ours / "manifest.json"), ours, repeats)
     frames = read_manifest(ours / "manifest.json")["facts"]["frames"]
-    show(f"demo2eval, {storage}", frames, "frames", fast, f"{size_of(ours / 'lerobot') / 1e6:.2f} MB")
+    show(
+        f"demo2eval, {storage}", frames, "frames", fast, f"{size_of(ours / 'lerobot') / 1e6:.2f} MB"
+    )
     default = convert(lambda: lerobot_convert(settings, replay, theirs), theirs, repeats)
     name = "LeRobot, video by way of PNG" if storage == "video" else "LeRobot, png"
     show(name, frames, "frames", default, f"{size_of(theirs) / 1e6:.2f} MB")
     if storage == "video":
         streamed = folder / storage / "streamed"
-        beside = convert(lambda: lerobot_convert(settings, replay, streamed, streaming=True), streamed, 1)
-        show("LeRobot, video streamed (threads)", frames, "frames", beside, f"{size_of(streamed) / 1e6:.2f} MB")
+        beside = convert(
+            lambda: lerobot_convert(settings, replay, streamed, streaming=True), streamed, 1
+        )
+        show(
+            "LeRobot, video streamed (threads)",
+            frames,
+            "frames",
+            beside,
+            f"{size_of(streamed) / 1e6:.2f} MB",
+        )
         show_ratio("video, against streaming, by the clock", beside.wall, fast.wall, 4)
         show_ratio("video, against streaming, by CPU time", beside.cpu, fast.cpu, 4)
     show_ratio(f"{storage}, by the clock", default.wall, fast.wall, 4)
@@ -188,7 +238,10 @@ def compare_conversion(settings: Settings, replay: Path, folder: Path, repeats: 
     print(f"  pictures differ by at most {largest}, by {mean:.3f} on average, of 255", flush=True)
     if storage == "video":
         exact = folder / "png" / "ours" / "lerobot"
-        print(f"  PSNR {decibels(ours / 'lerobot', exact):.2f} dB, LeRobot's {decibels(theirs, exact):.2f} dB", flush=True)
+        print(
+            f"  PSNR {decibels(ours / 'lerobot', exact):.2f} dB, LeRobot's {decibels(theirs, exact):.2f} dB",
+            flush=True,
+        )
 
 
 # Statistics.
@@ -208,14 +261,18 @@ class Running:
         if self.count == 0:
             self.low, self.high = low, high
             self.mean, self.mean_of_squares = np.zeros((2, values.shape[1]))
-            self.edges = [np.linspace(a - 1e-10, b + 1e-10, BINS + 1) for a, b in zip(low, high, strict=True)]
+            self.edges = [
+                np.linspace(a - 1e-10, b + 1e-10, BINS + 1) for a, b in zip(low, high, strict=True)
+            ]
             self.counts = np.zeros((values.shape[1], BINS))
         elif (low < self.low).any() or (high > self.high).any():
             self.low, self.high = np.minimum(low, self.low), np.maximum(high, self.high)
             self._deal_anew()
         self.count += len(values)
         self.mean += (values.mean(axis=0) - self.mean) * len(values) / self.count
-        self.mean_of_squares += ((values**2).mean(axis=0) - self.mean_of_squares) * len(values) / self.count
+        self.mean_of_squares += (
+            ((values**2).mean(axis=0) - self.mean_of_squares) * len(values) / self.count
+        )
         for dim, edges in enumerate(self.edges):
             self.counts[dim] += np.histogram(values[:, dim], bins=edges)[0]
 
@@ -245,7 +302,9 @@ def open_lerobot(root: Path, fps: int):
     """Open a dataset with LeRobot's reader, with its default decoder, giving chunks of actions."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    return LeRobotDataset(REPO, root=root, delta_timestamps={"action": [step / fps for step in range(HORIZON)]})
+    return LeRobotDataset(
+        REPO, root=root, delta_timestamps={"action": [step / fps for step in range(HORIZON)]}
+    )
 
 
 def delta(actions: np.ndarray, state: np.ndarray, mask: list[bool]) -> np.ndarray:
@@ -256,7 +315,12 @@ def delta(actions: np.ndarray, state: np.ndarray, mask: list[bool]) -> np.ndarra
 
 
 def openpi_statistics(
-    root: Path, fps: int, mask: list[bool], *, workers: int = WORKERS, batch_size: int = OPENPI_BATCH
+    root: Path,
+    fps: int,
+    mask: list[bool],
+    *,
+    workers: int = WORKERS,
+    batch_size: int = OPENPI_BATCH,
 ) -> dict[str, Running]:
     """Iterate over a dataset as openpi does for its norm stats, decoding every picture."""
     from torch.utils.data import DataLoader
@@ -271,10 +335,15 @@ def openpi_statistics(
 
 def sorted_values(root: Path, mask: list[bool]) -> dict[str, np.ndarray]:
     """Return all values that the statistics are of, float64 [n, dim], each dimension sorted."""
-    action, state, episode = read_columns(root, ["action", "observation.state", "episode_index"]).values()
+    action, state, episode = read_columns(
+        root, ["action", "observation.state", "episode_index"]
+    ).values()
     rows = chunk_rows(np.arange(len(action)), last_rows(episode), HORIZON)
     chunks = delta(action[rows], state, mask).reshape(-1, action.shape[1])
-    return {name: np.sort(values.astype(np.float64), axis=0) for name, values in (("state", state), ("actions", chunks))}
+    return {
+        name: np.sort(values.astype(np.float64), axis=0)
+        for name, values in (("state", state), ("actions", chunks))
+    }
 
 
 def exact_statistics(root: Path, mask: list[bool]) -> dict[str, dict[str, np.ndarray]]:
@@ -286,7 +355,9 @@ def exact_statistics(root: Path, mask: list[bool]) -> dict[str, dict[str, np.nda
         for quantile in QUANTILES:
             place = quantile * (len(ordered) - 1)
             below, part = ordered[int(place)], place - int(place)
-            found[f"q{round(quantile * 100):02d}"] = below + part * (ordered[min(int(place) + 1, len(ordered) - 1)] - below)
+            found[f"q{round(quantile * 100):02d}"] = below + part * (
+                ordered[min(int(place) + 1, len(ordered) - 1)] - below
+            )
         result[name] = found
     return result
 
@@ -301,7 +372,12 @@ def bins_off(running: Running, ordered: np.ndarray, quantile: float) -> np.ndarr
     lower, upper = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
     missed = np.maximum(0, np.maximum(lower - edge, edge - upper))
     # The bins of a value that never changes have no width in float32.
-    return np.divide(missed, running.bin_width, out=np.where(missed > 0, np.inf, 0.0), where=running.bin_width > 0)
+    return np.divide(
+        missed,
+        running.bin_width,
+        out=np.where(missed > 0, np.inf, 0.0),
+        where=running.bin_width > 0,
+    )
 
 
 def compare_statistics(made: Path, folder: Path, repeats: int) -> None:
@@ -326,13 +402,26 @@ def compare_statistics(made: Path, folder: Path, repeats: int) -> None:
     show_ratio("statistics, by the clock", slow.wall, fast.wall, 100)
     show_ratio("statistics, by CPU time", slow.cpu, fast.cpu, 100)
     stats, exact = load_norm_stats(output.parent / "norm_stats.json"), exact_statistics(root, MASK)
-    error = max(np.abs(getattr(stats[name], key) - value).max() for name in exact for key, value in exact[name].items())
+    error = max(
+        np.abs(getattr(stats[name], key) - value).max()
+        for name in exact
+        for key, value in exact[name].items()
+    )
     print(f"  ours differ from exact ones by at most {error:.1e}")
     ordered = sorted_values(root, MASK)
     for quantile in QUANTILES:
-        bins = np.concatenate([bins_off(running[name], ordered[name], quantile) for name in ordered])
-        print(f"  the histograms' q{round(quantile * 100):02d} are off by at most {bins.max():.2f} bins", flush=True)
-    moments = max(np.abs(getattr(running[name], key) - exact[name][key]).max() for name in exact for key in ("mean", "std"))
+        bins = np.concatenate(
+            [bins_off(running[name], ordered[name], quantile) for name in ordered]
+        )
+        print(
+            f"  the histograms' q{round(quantile * 100):02d} are off by at most {bins.max():.2f} bins",
+            flush=True,
+        )
+    moments = max(
+        np.abs(getattr(running[name], key) - exact[name][key]).max()
+        for name in exact
+        for key in ("mean", "std")
+    )
     print(f"  the running mean and std differ from exact ones by at most {moments:.1e}", flush=True)
 
 
@@ -344,16 +433,25 @@ def our_batches(made: Path, folder: Path, cameras: list[str], prompt: str, image
     from demo2eval.data.loader import Prompt, TrainingData
     from demo2eval.pi0.tokenizer import Tokenizer
 
-    cache, stats = folder / f"cache-{image_size}" / "manifest.json", folder / "norm_stats" / "manifest.json"
+    cache, stats = (
+        folder / f"cache-{image_size}" / "manifest.json",
+        folder / "norm_stats" / "manifest.json",
+    )
     if not stats.exists():
-        norm_stats.norm_stats(norm_stats.Settings(action_horizon=HORIZON, delta_action_mask=MASK), made, stats)
-    training_cache.training_cache(training_cache.Settings(image_size=image_size), made, cache, workers=WORKERS)
+        norm_stats.norm_stats(
+            norm_stats.Settings(action_horizon=HORIZON, delta_action_mask=MASK), made, stats
+        )
+    training_cache.training_cache(
+        training_cache.Settings(image_size=image_size), made, cache, workers=WORKERS
+    )
     tokenizer = Tokenizer.train([prompt], with_state=False)
     return TrainingData(
         cache.parent,
         load_norm_stats(stats.parent / "norm_stats.json"),
         prompt=Prompt(tokenizer, prompt, tokenizer.needed_length([prompt], None), False),
-        cameras=dict(zip(("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), cameras, strict=False)),
+        cameras=dict(
+            zip(("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), cameras, strict=False)
+        ),
         image_size=image_size,
         action_horizon=HORIZON,
         action_dim=32,
@@ -420,15 +518,29 @@ def quiet() -> Iterator[None]:
 
 def main() -> None:
     """Measure and print tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("replay", type=Path, help="manifest of a replayed shard")
-    parser.add_argument("--count", type=int, help="take the first so many demonstrations (default: all)")
+    parser.add_argument(
+        "--count", type=int, help="take the first so many demonstrations (default: all)"
+    )
     parser.add_argument("--crf", type=int, default=10, help="quality of the video")
     parser.add_argument("--repeats", type=int, default=3, help="of each conversion")
     parser.add_argument("--batches", type=int, default=10, help="of LeRobot's reader")
-    parser.add_argument("--image-size", type=int, help="of the batches, pixels (default: as rendered); ours are resized to it")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        help="of the batches, pixels (default: as rendered); ours are resized to it",
+    )
     parts = ("conversion", "statistics", "reading")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to compare (default: everything)")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=parts,
+        default=parts,
+        help="what to compare (default: everything)",
+    )
     arguments = parser.parse_args()
     replayed = read_manifest(arguments.replay)["settings"]
     settings = Settings(
@@ -439,7 +551,9 @@ def main() -> None:
         video_crf=arguments.crf,
         count=arguments.count,
     )
-    print(f"{replayed['task']}, {replayed['image_size']} px, cameras {', '.join(replayed['cameras'])}; numpy {np.__version__}")
+    print(
+        f"{replayed['task']}, {replayed['image_size']} px, cameras {', '.join(replayed['cameras'])}; numpy {np.__version__}"
+    )
     with quiet(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         measure(settings, arguments, folder)
@@ -459,7 +573,9 @@ def measure(settings: Settings, arguments: argparse.Namespace, folder: Path) -> 
     else:
         dataset(video, [arguments.replay], made)
     facts = read_manifest(made)["facts"]
-    print(f"dataset of {facts['episodes']} demonstrations, {facts['frames']} frames, {facts['pictures']} pictures a camera")
+    print(
+        f"dataset of {facts['episodes']} demonstrations, {facts['frames']} frames, {facts['pictures']} pictures a camera"
+    )
     if "statistics" in arguments.parts:
         print(f"statistics, chunks of {HORIZON} actions")
         compare_statistics(made, folder, arguments.repeats)

@@ -61,28 +61,50 @@ class Stage:
     @property
     def span(self) -> float:
         """Seconds from the first beginning to the last end; ends are recorded to the second."""
-        ends = [datetime.fromisoformat(manifest["created"]).timestamp() for manifest in self.manifests]
-        starts = [end - manifest["wall_time_s"] for end, manifest in zip(ends, self.manifests, strict=True)]
+        ends = [
+            datetime.fromisoformat(manifest["created"]).timestamp() for manifest in self.manifests
+        ]
+        starts = [
+            end - manifest["wall_time_s"]
+            for end, manifest in zip(ends, self.manifests, strict=True)
+        ]
         return max(ends) - min(starts)
 
     @property
     def size(self) -> int:
         """Bytes of the payload."""
-        return sum(file["bytes"] for manifest in self.manifests for file in manifest["files"].values())
+        return sum(
+            file["bytes"] for manifest in self.manifests for file in manifest["files"].values()
+        )
 
     def cells(self, run: str) -> list[str]:
         """Return the stage's line of the table."""
         amount, unit = self.counted
         counts = [self.demonstrations, self.attempts, self.frames, self.pictures]
         shown = ["" if count is None else f"{count:,}" for count in counts]
-        times = [f"{self.seconds:,.1f}", f"{max(self.span, self.seconds / len(self.manifests)):,.0f}"]
+        times = [
+            f"{self.seconds:,.1f}",
+            f"{max(self.span, self.seconds / len(self.manifests)):,.0f}",
+        ]
         rate = f"{amount / max(self.seconds, 1e-3):,.2f} {unit}/s"
-        return [run, self.name, str(len(self.manifests)), *shown, *times, rate, f"{self.size / 1e6:,.1f}"]
+        return [
+            run,
+            self.name,
+            str(len(self.manifests)),
+            *shown,
+            *times,
+            rate,
+            f"{self.size / 1e6:,.1f}",
+        ]
 
 
 def inputs(manifests: Iterable[dict], name: str, base: Path) -> list[dict]:
     """Return the manifests that some manifests name as their input; paths are as seen from `base`, where Snakemake ran."""
-    return [read_manifest(base / item["path"]) for manifest in manifests for item in manifest["inputs"].get(name, [])]
+    return [
+        read_manifest(base / item["path"])
+        for manifest in manifests
+        for item in manifest["inputs"].get(name, [])
+    ]
 
 
 def total(manifests: list[dict], fact: str) -> int | None:
@@ -121,8 +143,21 @@ def data_stages(results: Path, run: str) -> list[Stage]:
             frames=frames,
             pictures=pictures,
         ),
-        Stage("dataset", [made], (frames, "frames"), demonstrations=facts["episodes"], frames=frames, pictures=pictures),
-        Stage("norm_stats", [stats], (stats["facts"]["rows"], "rows"), demonstrations=facts["episodes"], frames=frames),
+        Stage(
+            "dataset",
+            [made],
+            (frames, "frames"),
+            demonstrations=facts["episodes"],
+            frames=frames,
+            pictures=pictures,
+        ),
+        Stage(
+            "norm_stats",
+            [stats],
+            (stats["facts"]["rows"], "rows"),
+            demonstrations=facts["episodes"],
+            frames=frames,
+        ),
     ]
     for path in sorted(results.glob("caches/*/manifest.json")):
         cache = read_manifest(path)
@@ -130,7 +165,14 @@ def data_stages(results: Path, run: str) -> list[Stage]:
             looks = cache["facts"]["looks"] * cameras
             name = f"training_cache, {cache['settings']['image_size']} px"
             stages.append(
-                Stage(name, [cache], (looks, "pictures"), demonstrations=facts["episodes"], frames=frames, pictures=looks)
+                Stage(
+                    name,
+                    [cache],
+                    (looks, "pictures"),
+                    demonstrations=facts["episodes"],
+                    frames=frames,
+                    pictures=looks,
+                )
             )
     return stages
 
@@ -147,25 +189,39 @@ def print_table(lines: list[list[str]]) -> None:
         if number == 0:
             print(
                 "|"
-                + "|".join("-" * (width + 2) if index < 2 else "-" * (width + 1) + ":" for index, width in enumerate(widths))
+                + "|".join(
+                    "-" * (width + 2) if index < 2 else "-" * (width + 1) + ":"
+                    for index, width in enumerate(widths)
+                )
                 + "|"
             )
 
 
 def main() -> None:
     """Print the table of all runs that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where Snakemake put its results")
-    parser.add_argument("--runs", nargs="+", help="names of runs (default: those named datasets_...)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="where Snakemake put its results"
+    )
+    parser.add_argument(
+        "--runs", nargs="+", help="names of runs (default: those named datasets_...)"
+    )
     arguments = parser.parse_args()
-    found = sorted(path.parts[-3] for path in arguments.results.glob("datasets_*/norm_stats/manifest.json"))
+    found = sorted(
+        path.parts[-3] for path in arguments.results.glob("datasets_*/norm_stats/manifest.json")
+    )
     runs = arguments.runs or found
     if not runs:
         raise SystemExit(
             f"{arguments.results} has no run named datasets_...; make those of config/datasets.yaml or name others with --runs."
         )
     try:
-        print_table([list(COLUMNS)] + [stage.cells(run) for run in runs for stage in data_stages(arguments.results, run)])
+        print_table(
+            [list(COLUMNS)]
+            + [stage.cells(run) for run in runs for stage in data_stages(arguments.results, run)]
+        )
     except UserError as error:
         raise SystemExit(str(error)) from None
 

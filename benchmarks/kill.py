@@ -50,7 +50,10 @@ class Kill:
     @property
     def counts(self) -> str:
         """Finished shards of each stage."""
-        return ", ".join(f"{sum(path.parts[1] == place for path in self.finished)} {place}" for place in STAGES.values())
+        return ", ".join(
+            f"{sum(path.parts[1] == place for path in self.finished)} {place}"
+            for place in STAGES.values()
+        )
 
 
 def make_copy(folder: Path, shards: int, demonstrations: int) -> None:
@@ -74,7 +77,15 @@ class Command:
     """The command of the user, running in a copy; it notes when the first job of each rule began."""
 
     def __init__(self, folder: Path, cores: int):
-        words = ["snakemake", "--cores", str(cores), "--configfile", CONFIGURATION, "--until", "dataset"]
+        words = [
+            "snakemake",
+            "--cores",
+            str(cores),
+            "--configfile",
+            CONFIGURATION,
+            "--until",
+            "dataset",
+        ]
         self.process = subprocess.Popen(
             [sys.executable, "-m", *words, "--", "results/killed/success.csv"],
             cwd=folder,
@@ -106,7 +117,9 @@ class Command:
 
     def kill(self, rule: str, delay: float, *, alone: bool) -> float | None:
         """Kill Snakemake, with its jobs or alone, `delay` seconds after the first job of `rule` began; None if it ended before."""
-        while self.process.poll() is None and (rule not in self.began or time.time() < self.began[rule] + delay):
+        while self.process.poll() is None and (
+            rule not in self.began or time.time() < self.began[rule] + delay
+        ):
             time.sleep(0.002)
         if self.process.poll() is not None:
             self.wait()
@@ -128,14 +141,19 @@ def finished(folder: Path) -> dict[Path, tuple]:
     states = {}
     for manifest in (folder / "results").glob("*/**/manifest.json"):
         files = [manifest.parent / name for name in json.loads(manifest.read_text())["files"]]
-        states[manifest.relative_to(folder)] = tuple((file.stat().st_ino, file.stat().st_mtime_ns) for file in files)
+        states[manifest.relative_to(folder)] = tuple(
+            (file.stat().st_ino, file.stat().st_mtime_ns) for file in files
+        )
     return states
 
 
 def durations(folder: Path, command: Command) -> dict[str, float]:
     """Return the seconds from the first job of each rule to its last manifest."""
     last = {
-        rule: max(manifest.stat().st_mtime for manifest in (folder / "results" / place).glob("**/manifest.json"))
+        rule: max(
+            manifest.stat().st_mtime
+            for manifest in (folder / "results" / place).glob("**/manifest.json")
+        )
         for rule, place in STAGES.items()
     }
     return {rule: last[rule] - command.began[rule] for rule in STAGES}
@@ -144,7 +162,9 @@ def durations(folder: Path, command: Command) -> dict[str, float]:
 def content(path: Path) -> object:
     """Return what is compared of a file: of a manifest all but the times, of any other its bytes."""
     if path.name in ("manifest.json", ".manifest.done"):
-        return {key: value for key, value in json.loads(path.read_text()).items() if key not in TIMES}
+        return {
+            key: value for key, value in json.loads(path.read_text()).items() if key not in TIMES
+        }
     return path.read_bytes()
 
 
@@ -168,11 +188,15 @@ def differences(one: Path, other: Path) -> list[str]:
         for folder in (one, other)
     ]
     first, second = ({path for path in paths if path.suffix != ".log"} for paths in listed)
-    found = [f"missing: {path}" for path in sorted(first - second)] + [f"left over: {path}" for path in sorted(second - first)]
+    found = [f"missing: {path}" for path in sorted(first - second)] + [
+        f"left over: {path}" for path in sorted(second - first)
+    ]
     for path in sorted(first & second):
         if content(one / path) != content(other / path):
             found.append(f"differs: {path}")
-        if path.suffix == ".mp4" and not np.array_equal(pictures(one / path), pictures(other / path)):
+        if path.suffix == ".mp4" and not np.array_equal(
+            pictures(one / path), pictures(other / path)
+        ):
             found.append(f"pictures differ: {path}")
     return found
 
@@ -194,20 +218,31 @@ def disturb(folder: Path, undisturbed: Path, kills: list[Kill], cores: int) -> l
     return found
 
 
-def run(folder: Path, *, instants: int, seed: int, shards: int, demonstrations: int, cores: int) -> tuple[list[Kill], dict]:
+def run(
+    folder: Path, *, instants: int, seed: int, shards: int, demonstrations: int, cores: int
+) -> tuple[list[Kill], dict]:
     """Run everything under `folder` and return (the kills, {copy: what was lost there})."""
     undisturbed = folder / "undisturbed"
     make_copy(undisturbed, shards, demonstrations)
     command = Command(undisturbed, cores)
     command.wait()
     took = durations(undisturbed, command)
-    print("undisturbed:", ", ".join(f"{rule} {seconds:.1f} s" for rule, seconds in took.items()), flush=True)
+    print(
+        "undisturbed:",
+        ", ".join(f"{rule} {seconds:.1f} s" for rule, seconds in took.items()),
+        flush=True,
+    )
     copies = -(-instants // len(STAGES))
     draw = random.Random(seed)
     # As many equal parts of a stage's time as there are kills in it, one kill somewhere in each.
     shares = {rule: draw.sample(range(copies), copies) for rule in STAGES}
     kills = [
-        Kill(f"killed-{copy}", rule, took[rule] * (shares[rule][copy] + draw.random()) / copies, copy % 2 == 1)
+        Kill(
+            f"killed-{copy}",
+            rule,
+            took[rule] * (shares[rule][copy] + draw.random()) / copies,
+            copy % 2 == 1,
+        )
         for copy in range(copies)
         for rule in STAGES
     ][:instants]
@@ -230,8 +265,12 @@ def run(folder: Path, *, instants: int, seed: int, shards: int, demonstrations: 
 
 def main() -> None:
     """Run, print a line a kill, and end with status 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the copies are made; must not exist")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where the copies are made; must not exist"
+    )
     parser.add_argument("--instants", type=int, default=20, help="kills, over all stages")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     parser.add_argument("--shards", type=int, default=2)

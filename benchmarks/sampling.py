@@ -47,14 +47,31 @@ def device_rates(seconds: float) -> tuple[float, float]:
     data = jax.random.normal(jax.random.key(0), (8192 if large else 512, 32768), jnp.float32)
     copy = seconds_per_call(jax.jit(lambda x: x + 1), data, seconds=seconds)
     rates = []
-    for rows, inner, columns in [(8192, 8192, 8192), (16384, 2048, 32768), (16384, 16384, 2048)] if large else [(512, 512, 512)]:
+    for rows, inner, columns in (
+        [(8192, 8192, 8192), (16384, 2048, 32768), (16384, 16384, 2048)]
+        if large
+        else [(512, 512, 512)]
+    ):
         left = jax.random.normal(jax.random.key(1), (rows, inner), jnp.bfloat16)
         right = jax.random.normal(jax.random.key(2), (inner, columns), jnp.bfloat16)
-        rates.append(2 * rows * inner * columns / seconds_per_call(jax.jit(jnp.matmul), left, right, seconds=seconds / 3))
+        rates.append(
+            2
+            * rows
+            * inner
+            * columns
+            / seconds_per_call(jax.jit(jnp.matmul), left, right, seconds=seconds / 3)
+        )
     return 2 * data.nbytes / copy, max(rates)
 
 
-def floor_of(config: Pi0Config, batch: int, tokens: int, steps: int, bytes_rate: float, operations_rate: float) -> dict:
+def floor_of(
+    config: Pi0Config,
+    batch: int,
+    tokens: int,
+    steps: int,
+    bytes_rate: float,
+    operations_rate: float,
+) -> dict:
     """Return the least time of one call [s], part by part, in which weights are read once and each product is computed once.
 
     The last layer of the prefix needs keys and values alone, and the modulation of the adaptive norms is known beforehand.
@@ -66,15 +83,28 @@ def floor_of(config: Pi0Config, batch: int, tokens: int, steps: int, bytes_rate:
 
     def layer(tower):
         heads = tower.num_heads * tower.head_dim
-        return tower.width * (2 * heads + 2 * tower.num_kv_heads * tower.head_dim + 3 * tower.mlp_dim)
+        return tower.width * (
+            2 * heads + 2 * tower.num_kv_heads * tower.head_dim + 3 * tower.mlp_dim
+        )
 
     vision_weights = vision.depth * (4 * vision.width**2 + 2 * vision.width * vision.mlp_dim)
     language_weights = (language.depth - 1) * layer(language)
     expert_weights = expert.depth * layer(expert)
     attention = {
         "vision": 4 * cameras * vision.tokens**2 * vision.width * vision.depth,
-        "language": 4 * prefix * (prefix // batch) * language.num_heads * language.head_dim * (language.depth - 1),
-        "expert": 4 * suffix * (prefix + suffix) // batch * expert.num_heads * expert.head_dim * expert.depth,
+        "language": 4
+        * prefix
+        * (prefix // batch)
+        * language.num_heads
+        * language.head_dim
+        * (language.depth - 1),
+        "expert": 4
+        * suffix
+        * (prefix + suffix)
+        // batch
+        * expert.num_heads
+        * expert.head_dim
+        * expert.depth,
     }
     parts = {
         "vision": (vision_weights, cameras * vision.tokens, 1),
@@ -94,7 +124,8 @@ def random_inputs(config: Pi0Config, batch: int, tokens: int) -> tuple[Observati
     keys = jax.random.split(jax.random.key(3), 5)
     size = config.siglip.image_size
     images = {
-        camera: jax.random.randint(key, (batch, size, size, 3), 0, 256).astype(jnp.float32) / 127.5 - 1
+        camera: jax.random.randint(key, (batch, size, size, 3), 0, 256).astype(jnp.float32) / 127.5
+        - 1
         for camera, key in zip(CAMERAS, keys, strict=False)
     }
     observation = Observation(
@@ -102,7 +133,9 @@ def random_inputs(config: Pi0Config, batch: int, tokens: int) -> tuple[Observati
         state=jax.random.normal(keys[2], (batch, config.action_dim)),
         tokenized_prompt=jax.random.randint(keys[3], (batch, tokens), 0, config.vocab_size),
     )
-    return observation, jax.random.normal(keys[4], (batch, config.action_horizon, config.action_dim))
+    return observation, jax.random.normal(
+        keys[4], (batch, config.action_horizon, config.action_dim)
+    )
 
 
 def random_params(config: Pi0Config) -> dict:
@@ -120,12 +153,18 @@ def random_params(config: Pi0Config) -> dict:
     return jax.jit(draw)(jax.random.key(0))
 
 
-def measure_ours(config: Pi0Config, params: dict, batch: int, tokens: int, steps: int, seconds: float) -> tuple[dict, jax.Array]:
+def measure_ours(
+    config: Pi0Config, params: dict, batch: int, tokens: int, steps: int, seconds: float
+) -> tuple[dict, jax.Array]:
     """Return ({"compile": s, "call": s}, the actions)."""
     observation, noise = random_inputs(config, batch, tokens)
     folded = jax.jit(partial(fold, config, num_steps=steps))(params)
     started = time.perf_counter()
-    compiled = jax.jit(partial(sample, config)).lower(folded, observation, noise).compile(compiler_options(batch))
+    compiled = (
+        jax.jit(partial(sample, config))
+        .lower(folded, observation, noise)
+        .compile(compiler_options(batch))
+    )
     compile_time = time.perf_counter() - started
     call = seconds_per_call(compiled, folded, observation, noise, seconds=seconds)
     return {"compile": compile_time, "call": call}, compiled(folded, observation, noise)
@@ -145,7 +184,15 @@ def import_openpi(checkout: Path):
 
 
 def measure_openpi(
-    checkout: Path, config: Pi0Config, params: dict, batch: int, tokens: int, steps: int, seconds: float, *, trimmed: bool
+    checkout: Path,
+    config: Pi0Config,
+    params: dict,
+    batch: int,
+    tokens: int,
+    steps: int,
+    seconds: float,
+    *,
+    trimmed: bool,
 ) -> tuple[dict, jax.Array]:
     """The same as `measure_ours` with openpi's code; `trimmed` leaves out the masked camera and the padding of the prompt."""
     from flax import nnx
@@ -153,27 +200,40 @@ def measure_openpi(
     model, pi0_config, gemma, array_typing = import_openpi(checkout)
     towers = {"gemma_2b": config.paligemma, "gemma_300m": config.action_expert}
     gemma.get_config = lambda variant: gemma.Config(
-        **{key: value for key, value in dataclasses.asdict(towers[variant]).items() if key != "lora"}
+        **{
+            key: value
+            for key, value in dataclasses.asdict(towers[variant]).items()
+            if key != "lora"
+        }
     )
     theirs = pi0_config.Pi0Config(
-        pi05=config.is_pi05, action_dim=config.action_dim, action_horizon=config.action_horizon, dtype=config.dtype
+        pi05=config.is_pi05,
+        action_dim=config.action_dim,
+        action_horizon=config.action_horizon,
+        dtype=config.dtype,
     )
     names = CAMERAS if trimmed else (*CAMERAS, MASKED_CAMERA)
     model.preprocess_observation.__kwdefaults__["image_keys"] = names
     observation, noise = random_inputs(config, batch, tokens)
     padding = 0 if trimmed else theirs.max_token_len - tokens
-    images = dict(observation.images) | ({} if trimmed else {MASKED_CAMERA: jnp.zeros_like(observation.images[CAMERAS[0]])})
+    images = dict(observation.images) | (
+        {} if trimmed else {MASKED_CAMERA: jnp.zeros_like(observation.images[CAMERAS[0]])}
+    )
     seen = model.Observation(
         images=images,
         image_masks={name: jnp.full(batch, name != MASKED_CAMERA) for name in names},
         state=observation.state,
         tokenized_prompt=jnp.pad(observation.tokenized_prompt, ((0, 0), (0, padding))),
-        tokenized_prompt_mask=jnp.broadcast_to(jnp.arange(tokens + padding) < tokens, (batch, tokens + padding)),
+        tokenized_prompt_mask=jnp.broadcast_to(
+            jnp.arange(tokens + padding) < tokens, (batch, tokens + padding)
+        ),
     )
     network = theirs.load(params)
     graph, state = nnx.split(network)
     function = jax.jit(
-        lambda state, key, seen, noise: nnx.merge(graph, state).sample_actions(key, seen, num_steps=steps, noise=noise)
+        lambda state, key, seen, noise: nnx.merge(graph, state).sample_actions(
+            key, seen, num_steps=steps, noise=noise
+        )
     )
     started = time.perf_counter()
     with array_typing.disable_typechecking():
@@ -185,10 +245,14 @@ def measure_openpi(
 
 def main() -> None:
     """Measure and print a table, and the same as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--openpi", type=Path, help="checkout of openpi")
     parser.add_argument("--variant", default="pi05", help="model variant")
-    parser.add_argument("--overrides", type=json.loads, default={}, help="fields of Pi0Config, JSON")
+    parser.add_argument(
+        "--overrides", type=json.loads, default={}, help="fields of Pi0Config, JSON"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--tokens", type=int, default=24, help="tokens of the prompt")
     parser.add_argument("--horizon", type=int, default=20, help="actions of a chunk")
@@ -200,7 +264,10 @@ def main() -> None:
     work = (arguments.tokens, arguments.steps, arguments.seconds)
     device = jax.devices()[0].device_kind
     bytes_rate, operations_rate = device_rates(arguments.seconds / 3)
-    print(f"{device}, jax {jax.__version__}: {bytes_rate / 1e12:.2f} TB/s, {operations_rate / 1e12:.0f} TFLOP/s", flush=True)
+    print(
+        f"{device}, jax {jax.__version__}: {bytes_rate / 1e12:.2f} TB/s, {operations_rate / 1e12:.0f} TFLOP/s",
+        flush=True,
+    )
     params = random_params(config)
     rows = []
     for batch in arguments.batch_sizes:
@@ -210,7 +277,9 @@ def main() -> None:
                 cases[name] = lambda batch=batch, trimmed=trimmed: measure_openpi(
                     arguments.openpi, config, params, batch, *work, trimmed=trimmed
                 )
-        floor = floor_of(config, batch, arguments.tokens, arguments.steps, bytes_rate, operations_rate)
+        floor = floor_of(
+            config, batch, arguments.tokens, arguments.steps, bytes_rate, operations_rate
+        )
         print(
             f"batch {batch}: floor {sum(floor.values()) * 1e3:.1f} ms",
             {part: f"{value * 1e3:.1f}" for part, value in floor.items()},
@@ -220,15 +289,26 @@ def main() -> None:
             times, actions = case()
             reference = actions if reference is None else reference
             difference = float(jnp.abs(actions - reference).max())
-            row = {"batch": batch, "code": name, **times, "observations_per_s": batch / times["call"], "difference": difference}
-            rows.append(row | {"floor": sum(floor.values()), "largest_action": float(jnp.abs(actions).max())})
+            row = {
+                "batch": batch,
+                "code": name,
+                **times,
+                "observations_per_s": batch / times["call"],
+                "difference": difference,
+            }
+            rows.append(
+                row
+                | {"floor": sum(floor.values()), "largest_action": float(jnp.abs(actions).max())}
+            )
             print(
                 f"  {name:16s} {times['call'] * 1e3:8.1f} ms  {row['observations_per_s']:7.1f} observations/s  "
                 f"compiled in {times['compile']:.0f} s  differs by {difference:.3f}",
                 flush=True,
             )
     if arguments.output:
-        arguments.output.write_text(json.dumps({"device": device, "jax": jax.__version__, "rows": rows}, indent=1))
+        arguments.output.write_text(
+            json.dumps({"device": device, "jax": jax.__version__, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def say(text):
 def output_of(*command):
     """Return what a command prints, or None if it is missing or fails."""
     try:
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60)
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout if result.returncode == 0 else None
@@ -75,9 +77,24 @@ def find_uv():
 
 def fetch_uv_with_pip(folder):
     """Fetch uv's wheel into a folder with pip and return its path, or None where pip is missing or fails."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check", "-d", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-d",
+        str(folder),
+    ]
     try:
-        subprocess.run([*command, "uv==" + UV_VERSION], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, "uv==" + UV_VERSION],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return next(folder.glob("*.whl"), None)
@@ -86,15 +103,25 @@ def fetch_uv_with_pip(folder):
 def fetch_uv_from_index(folder):
     """Fetch uv's wheel into a folder from PyPI without pip, check its hash, and return its path."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    index = urllib.request.Request(INDEX + "uv/", headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+    index = urllib.request.Request(
+        INDEX + "uv/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
+    )
     try:
         with urllib.request.urlopen(index, timeout=60) as response:
             files = json.load(response)["files"]
-        built = [item for item in files if item["filename"].startswith(f"uv-{UV_VERSION}-py3-none-manylinux")]
+        built = [
+            item
+            for item in files
+            if item["filename"].startswith(f"uv-{UV_VERSION}-py3-none-manylinux")
+        ]
         wanted = next((item for item in built if machine in item["filename"]), None)
         if wanted is None:
-            raise SetupError(f"there is no uv {UV_VERSION} for this machine ({machine}); only Linux on x86_64 has been tried.")
-        with urllib.request.urlopen(urllib.parse.urljoin(index.full_url, wanted["url"]), timeout=300) as response:
+            raise SetupError(
+                f"there is no uv {UV_VERSION} for this machine ({machine}); only Linux on x86_64 has been tried."
+            )
+        with urllib.request.urlopen(
+            urllib.parse.urljoin(index.full_url, wanted["url"]), timeout=300
+        ) as response:
             content = response.read()
     except (OSError, KeyError, ValueError) as error:
         raise SetupError(
@@ -121,7 +148,9 @@ def get_uv():
             (TOOLS / "uv").write_bytes(archive.read(name))
     (TOOLS / "uv").chmod(0o755)
     if not output_of(str(TOOLS / "uv"), "--version"):
-        raise SetupError("the uv that was fetched does not run on this machine; install it as https://docs.astral.sh/uv says.")
+        raise SetupError(
+            "the uv that was fetched does not run on this machine; install it as https://docs.astral.sh/uv says."
+        )
     return str(TOOLS / "uv")
 
 
@@ -132,15 +161,25 @@ def python_candidates():
     """Yield places where a Python 3.12 may be."""
     for folder in os.environ.get("PATH", "").split(os.pathsep):
         yield os.path.join(folder, PYTHON_NAME)
-    for pattern in (f"~/.pyenv/versions/{PYTHON}*/bin", f"/opt/python{PYTHON}*/bin", "/usr/local/bin"):
-        yield from sorted(glob.glob(os.path.join(os.path.expanduser(pattern), PYTHON_NAME)), reverse=True)
+    for pattern in (
+        f"~/.pyenv/versions/{PYTHON}*/bin",
+        f"/opt/python{PYTHON}*/bin",
+        "/usr/local/bin",
+    ):
+        yield from sorted(
+            glob.glob(os.path.join(os.path.expanduser(pattern), PYTHON_NAME)), reverse=True
+        )
 
 
 def find_python():
     """Return a Python 3.12 that runs and says that it is one, by its real path: a shim would mislead uv. None if there is none."""
     for candidate in python_candidates():
         if os.path.isfile(candidate):
-            said = output_of(candidate, "-c", "import sys, venv; print('%d.%d' % sys.version_info[:2], sys.executable)")
+            said = output_of(
+                candidate,
+                "-c",
+                "import sys, venv; print('%d.%d' % sys.version_info[:2], sys.executable)",
+            )
             if said and said.startswith(PYTHON + " "):
                 return said.split(" ", 1)[1].strip()
     return None
@@ -170,10 +209,22 @@ def sync(uv, folder, *options):
     stamp_text = hashlib.sha256(content + repr(options).encode()).hexdigest()
     stamp = folder / ".venv" / ".demo2eval-stamp"
     command = [uv, "sync", "--locked", "--quiet", "--project", str(folder), *options]
-    environment = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")
+    }
     # The stamp knows whether uv came to its end, and uv whether anything has gone since then; a user's own additions may stay.
-    if stamp.exists() and stamp.read_text() == stamp_text and (folder / ".venv/bin/python").exists():
-        asked = subprocess.run([*command, "--check", "--inexact", "--offline"], env=environment, stderr=subprocess.DEVNULL)
+    if (
+        stamp.exists()
+        and stamp.read_text() == stamp_text
+        and (folder / ".venv/bin/python").exists()
+    ):
+        asked = subprocess.run(
+            [*command, "--check", "--inexact", "--offline"],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        )
         if asked.returncode == 0:
             return
     python = find_python()
@@ -181,7 +232,11 @@ def sync(uv, folder, *options):
     with contextlib.suppress(FileNotFoundError):
         stamp.unlink()
     started = time.time()
-    say("making {} with {}".format(folder.relative_to(ROOT) / ".venv", python or "a Python 3.12 that uv downloads"))
+    say(
+        "making {} with {}".format(
+            folder.relative_to(ROOT) / ".venv", python or "a Python 3.12 that uv downloads"
+        )
+    )
     command += ["--python", python or PYTHON]
     # An environment that was made when opencv-python was locked too would lose the files that both unpack.
     command += ["--reinstall-package", "opencv-python-headless"]
@@ -203,7 +258,12 @@ def renders(device):
     command = [str(ROOT / ".venv/bin/python"), "-c", code]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
-        return subprocess.run(command, env={**os.environ, **unpacked_environment()}, timeout=120, **quiet).returncode == 0
+        return (
+            subprocess.run(
+                command, env={**os.environ, **unpacked_environment()}, timeout=120, **quiet
+            ).returncode
+            == 0
+        )
     except subprocess.TimeoutExpired:
         return False
 
@@ -228,13 +288,25 @@ def debian_source(text):
     mirror has "debian" in its address and a component "main". Where packages come from, and the key that signs them, stay as they are.
     """
     for stanza in re.split(r"\n\s*\n", text):
-        fields = {key: value.split() for key, value in re.findall(r"^([A-Z][\w-]*):(.*)$", stanza, re.MULTILINE)}
-        ours = "debian" in "".join(fields.get("URIs", [])) and "main" in fields.get("Components", [])
+        fields = {
+            key: value.split()
+            for key, value in re.findall(r"^([A-Z][\w-]*):(.*)$", stanza, re.MULTILINE)
+        }
+        ours = "debian" in "".join(fields.get("URIs", [])) and "main" in fields.get(
+            "Components", []
+        )
         if ours and "deb" in fields.get("Types", []) and "bookworm" in fields.get("Suites", []):
             kept = re.sub(r"^Types:.*$", "Types: deb", stanza, flags=re.MULTILINE)
-            return re.sub(r"^Suites:.*$", "Suites: bookworm bookworm-backports", kept, flags=re.MULTILINE).strip() + "\n"
+            return (
+                re.sub(
+                    r"^Suites:.*$", "Suites: bookworm bookworm-backports", kept, flags=re.MULTILINE
+                ).strip()
+                + "\n"
+            )
     for line in text.splitlines():
-        found = re.match(r"(deb\s+(?:\[[^\]]*\]\s+)?\S*debian\S*\s+bookworm)(\s.*\bmain\b.*)$", line.strip())
+        found = re.match(
+            r"(deb\s+(?:\[[^\]]*\]\s+)?\S*debian\S*\s+bookworm)(\s.*\bmain\b.*)$", line.strip()
+        )
         if found:
             return "{0}{1}\n{0}-backports{1}\n".format(*found.groups())
     return None
@@ -243,7 +315,11 @@ def debian_source(text):
 def find_debian_source():
     """Return (file ending, content) of this machine's Debian source with its backports, or None."""
     folder = "/etc/apt/sources.list.d/"
-    for path in [*sorted(glob.glob(folder + "*.sources")), "/etc/apt/sources.list", *sorted(glob.glob(folder + "*.list"))]:
+    for path in [
+        *sorted(glob.glob(folder + "*.sources")),
+        "/etc/apt/sources.list",
+        *sorted(glob.glob(folder + "*.list")),
+    ]:
         if os.path.isfile(path):
             content = debian_source(Path(path).read_text())
             if content:
@@ -259,7 +335,9 @@ def run_apt(*arguments, cwd=None):
     """
     command = ["apt-get", "-qq", "-y", "-o", "Dpkg::Use-Pty=0", *arguments]
     environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive", LC_ALL="C")
-    return subprocess.run(command, env=environment, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return subprocess.run(
+        command, env=environment, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
 
 
 def apt_state(folder, system):
@@ -269,12 +347,18 @@ def apt_state(folder, system):
     """
     for name in ("lists/partial", "cache/archives/partial", "sources"):
         (folder / name).mkdir(parents=True)
-    values = {"Dir::State::lists": folder / "lists", "Dir::Cache": folder / "cache", "APT::Sandbox::User": "root"}
+    values = {
+        "Dir::State::lists": folder / "lists",
+        "Dir::Cache": folder / "cache",
+        "APT::Sandbox::User": "root",
+    }
     found = find_debian_source() if system == ("debian", "12") else None
     if found:
         ending, content = found
         (folder / "sources" / ("debian" + ending)).write_text(content)
-        values.update({"Dir::Etc::sourcelist": "/dev/null", "Dir::Etc::sourceparts": folder / "sources"})
+        values.update(
+            {"Dir::Etc::sourcelist": "/dev/null", "Dir::Etc::sourceparts": folder / "sources"}
+        )
         values["APT::Default-Release"] = "bookworm-backports"
     return [part for key, value in values.items() for part in ("-o", f"{key}={value}")]
 
@@ -285,16 +369,32 @@ def unpack_mesa(options):
     shutil.rmtree(mesa, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=TOOLS) as folder:
         listed = run_apt(
-            *options, "-o", "Debug::NoLocking=1", "--no-install-recommends", "--print-uris", "install", *MESA_PACKAGES
+            *options,
+            "-o",
+            "Debug::NoLocking=1",
+            "--no-install-recommends",
+            "--print-uris",
+            "install",
+            *MESA_PACKAGES,
         )
-        run_apt(*options, "download", *re.findall(r"^'[^']*' ([^_\s]+)_", listed, re.MULTILINE), cwd=folder)
+        run_apt(
+            *options,
+            "download",
+            *re.findall(r"^'[^']*' ([^_\s]+)_", listed, re.MULTILINE),
+            cwd=folder,
+        )
         for package in Path(folder).glob("*.deb"):
             subprocess.run(["dpkg", "-x", str(package), str(mesa)], check=True)
     for driver in mesa.glob("usr/lib/*/libvulkan_lvp.so"):
-        description = {"file_format_version": "1.0.0", "ICD": {"library_path": str(driver), "api_version": "1.4.0"}}
+        description = {
+            "file_format_version": "1.0.0",
+            "ICD": {"library_path": str(driver), "api_version": "1.4.0"},
+        }
         (mesa / "lvp_icd.json").write_text(json.dumps(description))
         values = {"LD_LIBRARY_PATH": driver.parent, "VK_ICD_FILENAMES": mesa / "lvp_icd.json"}
-        ENVIRONMENT_FILE.write_text("".join(f"export {key}='{value}'\n" for key, value in values.items()))
+        ENVIRONMENT_FILE.write_text(
+            "".join(f"export {key}='{value}'\n" for key, value in values.items())
+        )
 
 
 def unpacked_environment():
@@ -308,7 +408,11 @@ def get_mesa(system):
     """Install Mesa's software renderer as root, or unpack it beside the environments as anybody else; say what failed."""
     TOOLS.mkdir(exist_ok=True)
     root = os.geteuid() == 0
-    say("{} Mesa {}, the software renderer".format("installing" if root else "unpacking", MESA_MAJOR))
+    say(
+        "{} Mesa {}, the software renderer".format(
+            "installing" if root else "unpacking", MESA_MAJOR
+        )
+    )
     try:
         with tempfile.TemporaryDirectory(dir=TOOLS) as folder:
             options = apt_state(Path(folder), system)
@@ -333,7 +437,9 @@ def advice(name, version):
         return f"sudo apt-get install -y {' '.join(MESA_PACKAGES)} (a release that has Mesa {MESA_MAJOR})"
     if name in ("fedora", "rhel", "rocky", "almalinux"):
         return "sudo dnf install -y mesa-vulkan-drivers vulkan-loader"
-    return f"your system's package manager, for Mesa's Vulkan drivers (lavapipe) {MESA_MAJOR} or later"
+    return (
+        f"your system's package manager, for Mesa's Vulkan drivers (lavapipe) {MESA_MAJOR} or later"
+    )
 
 
 def set_up_vulkan(gpu):
@@ -345,7 +451,9 @@ def set_up_vulkan(gpu):
     stamp = ROOT / ".venv" / ".demo2eval-renders"
 
     def drivers():
-        listed = sorted(glob.glob("/usr/share/vulkan/icd.d/*.json") + glob.glob("/etc/vulkan/icd.d/*.json"))
+        listed = sorted(
+            glob.glob("/usr/share/vulkan/icd.d/*.json") + glob.glob("/etc/vulkan/icd.d/*.json")
+        )
         return " ".join([device, mesa_version() or "", *listed, *unpacked_environment().values()])
 
     if stamp.exists() and stamp.read_text() == drivers():
@@ -362,7 +470,9 @@ def set_up_vulkan(gpu):
         get_mesa(system)
         works = renders(device)
     if not works:
-        raise SetupError(f"the simulator cannot render with Mesa {mesa_version() or '(missing)'}; run: {advice(*system)}")
+        raise SetupError(
+            f"the simulator cannot render with Mesa {mesa_version() or '(missing)'}; run: {advice(*system)}"
+        )
     stamp.write_text(drivers())
     if unpacked_environment():
         say(f"to run Snakemake without make, type first: . {ENVIRONMENT_FILE.relative_to(ROOT)}")

@@ -11,7 +11,10 @@ for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 # What one test compiled, the next one need not.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -40,7 +43,11 @@ def pushcube_replay(pushcube_demos, tmp_path_factory) -> Path:
     from demo2eval.data.replay import Settings, replay
 
     output = tmp_path_factory.mktemp("replay") / "shard-000" / "manifest.json"
-    replay(Settings(task="PushCube-v1", cameras=["base_camera"], image_stride=6), pushcube_demos, output)
+    replay(
+        Settings(task="PushCube-v1", cameras=["base_camera"], image_stride=6),
+        pushcube_demos,
+        output,
+    )
     return output
 
 
@@ -58,11 +65,20 @@ def pushcube_shards(pushcube_replay, tmp_path_factory) -> list[Path]:
         shard.mkdir()
         episodes = description["episodes"][part]
         (shard / "trajectory.json").write_text(json.dumps(description | {"episodes": episodes}))
-        with h5py.File(pushcube_replay.with_name("trajectory.h5")) as whole, h5py.File(shard / "trajectory.h5", "w") as file:
+        with (
+            h5py.File(pushcube_replay.with_name("trajectory.h5")) as whole,
+            h5py.File(shard / "trajectory.h5", "w") as file,
+        ):
             for episode in episodes:
                 whole.copy(f"traj_{episode['episode_id']}", file)
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(shard.iterdir())}
-        made = read_manifest(pushcube_replay) | {"files": files, "digest": sha256_text(to_json(files))}
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(shard.iterdir())
+        }
+        made = read_manifest(pushcube_replay) | {
+            "files": files,
+            "digest": sha256_text(to_json(files)),
+        }
         (shard / "manifest.json").write_text(to_json(made))
         manifests.append(shard / "manifest.json")
     return manifests

@@ -58,9 +58,21 @@ def test_the_six_tasks_and_their_pi0_twins(shipped, name, family):
     assert configuration.family(settings) == family
     assert settings["model"]["weights"] == f"weights/{family}_base"
     assert settings["model"]["action_horizon"] == horizon
-    assert (training["batch_size"], training["steps"], training["save_interval"]) == (batch_size, 30_000, 500)
-    assert (training["warmup_steps"], training["peak_lr"], training["decay_steps"]) == (10_000, 5e-5, 1_000_000)
-    assert (training["decay_lr"], training["ema_decay"], training["clip_gradient_norm"]) == (5e-5, 0.999, 1.0)
+    assert (training["batch_size"], training["steps"], training["save_interval"]) == (
+        batch_size,
+        30_000,
+        500,
+    )
+    assert (training["warmup_steps"], training["peak_lr"], training["decay_steps"]) == (
+        10_000,
+        5e-5,
+        1_000_000,
+    )
+    assert (training["decay_lr"], training["ema_decay"], training["clip_gradient_norm"]) == (
+        5e-5,
+        0.999,
+        1.0,
+    )
 
 
 def test_prompts_differ_between_tasks(shipped):
@@ -119,7 +131,9 @@ def test_a_displaced_arm_needs_actions_that_lead_back(config):
 
 @pytest.mark.parametrize("run", ["pickcube", "pushcube", "pullcube", "placesphere"])
 def test_a_camera_that_the_robot_lacks_names_those_there_are(config, run):
-    config["runs"][run]["replay"] = {"cameras": {"base_0_rgb": "base_camera", "left_wrist_0_rgb": "hand_camera"}}
+    config["runs"][run]["replay"] = {
+        "cameras": {"base_0_rgb": "base_camera", "left_wrist_0_rgb": "hand_camera"}
+    }
     said = message(config, run)
     assert f"run {run!r}" in said
     assert "'hand_camera'" in said
@@ -150,4 +164,9 @@ def test_missing_weights_are_one_sentence_with_two_ways_out(config, tmp_path, mo
     assert "tokenizer" in configuration.missing_weights(settings, "stackcube_pi0")
     (tmp_path / "weights/paligemma_tokenizer.model").touch()
     assert configuration.missing_weights(settings, "stackcube_pi0") is None
-    assert configuration.missing_weights(configuration.run_settings(config, "quickstart"), "quickstart") is None
+    assert (
+        configuration.missing_weights(
+            configuration.run_settings(config, "quickstart"), "quickstart"
+        )
+        is None
+    )

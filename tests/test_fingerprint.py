@@ -13,13 +13,19 @@ MODULE = "demo2eval.evaluation.success_table"
 
 @pytest.fixture
 def package(tmp_path):
-    shutil.copytree(PACKAGE_PARENT / "demo2eval", tmp_path / "demo2eval", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        PACKAGE_PARENT / "demo2eval",
+        tmp_path / "demo2eval",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     return tmp_path
 
 
 def fingerprint(package: Path, module: str = MODULE) -> str:
     command = [sys.executable, "-m", "demo2eval.fingerprint", module]
-    printed = subprocess.run(command, env={"PYTHONPATH": str(package)}, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(
+        command, env={"PYTHONPATH": str(package)}, check=True, capture_output=True, text=True
+    ).stdout
     return printed.split()[1]
 
 
@@ -69,5 +75,9 @@ def test_bookkeeping_does_not_count(package):
 def test_the_words_of_a_user_error_do_not_count(package):
     module = "demo2eval.checkpoints.policy_metadata"
     before = fingerprint(package, module)
-    edit(package, "description.py", lambda text: text.replace("was written by another version", "is of another version"))
+    edit(
+        package,
+        "description.py",
+        lambda text: text.replace("was written by another version", "is of another version"),
+    )
     assert fingerprint(package, module) == before

@@ -11,7 +11,9 @@ kill_benchmark = load_benchmark("kill")
 
 
 def test_killed_in_each_stage_the_same_command_ends_the_same(tmp_path):
-    kills, lost = kill_benchmark.run(tmp_path, instants=3, seed=0, shards=1, demonstrations=1, cores=2)
+    kills, lost = kill_benchmark.run(
+        tmp_path, instants=3, seed=0, shards=1, demonstrations=1, cores=2
+    )
     assert [kill.rule for kill in kills] == ["plan", "replay", "dataset"]
     assert all(kill.seconds is not None and kill.kept for kill in kills)
     assert lost == {"killed-0": []}
@@ -28,8 +30,22 @@ def test_a_lock_holds_as_long_as_its_snakemake_lives(tmp_path, alive):
         assert command.kill("plan", 0.0, alone=True) is not None
     while alive and not command.began:
         time.sleep(0.01)
-    words = ["--cores", "1", "--configfile", kill_benchmark.CONFIGURATION, "--until", "plan", "--", "results/killed/success.csv"]
-    second = subprocess.run([sys.executable, "-m", "snakemake", *words], cwd=tmp_path / "copy", capture_output=True, text=True)
+    words = [
+        "--cores",
+        "1",
+        "--configfile",
+        kill_benchmark.CONFIGURATION,
+        "--until",
+        "plan",
+        "--",
+        "results/killed/success.csv",
+    ]
+    second = subprocess.run(
+        [sys.executable, "-m", "snakemake", *words],
+        cwd=tmp_path / "copy",
+        capture_output=True,
+        text=True,
+    )
     command.stop()
     assert (second.returncode != 0) == alive, second.stderr
     assert ("cannot be locked" in second.stdout + second.stderr) == alive

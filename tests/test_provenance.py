@@ -17,7 +17,9 @@ MODULE = "demo2eval.checkpoints.policy_metadata"
 
 def make(output, settings=None, inputs=None, text="payload"):
     """Run a stage that writes one file; return whether it had to."""
-    with making(output, stage="test", module=MODULE, settings=settings or {"a": 1}, inputs=inputs) as work:
+    with making(
+        output, stage="test", module=MODULE, settings=settings or {"a": 1}, inputs=inputs
+    ) as work:
         if work.finished:
             return False
         (work.folder / "payload.txt").write_text(text)
@@ -63,7 +65,9 @@ def test_the_digest_is_of_the_content_alone(tmp_path):
     for name, settings in (("one", {"a": 1}), ("two", {"a": 2})):
         make(tmp_path / name / "manifest.json", settings)
     make(tmp_path / "three" / "manifest.json", text="other")
-    one, two, three = (input_digest(tmp_path / name / "manifest.json") for name in ("one", "two", "three"))
+    one, two, three = (
+        input_digest(tmp_path / name / "manifest.json") for name in ("one", "two", "three")
+    )
     assert one == two
     assert one != three
 

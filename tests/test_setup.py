@@ -45,9 +45,14 @@ def setup_script():
 @pytest.fixture
 def project(setup_script, tmp_path, monkeypatch):
     """A project without dependencies whose environment uv has made."""
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "empty"\nversion = "1"\nrequires-python = "==3.12.*"\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "empty"\nversion = "1"\nrequires-python = "==3.12.*"\n'
+    )
     uv = setup_script.find_uv()
-    subprocess.run([uv, "lock", "--quiet", "--offline", "--project", tmp_path, "--python", sys.executable], check=True)
+    subprocess.run(
+        [uv, "lock", "--quiet", "--offline", "--project", tmp_path, "--python", sys.executable],
+        check=True,
+    )
     monkeypatch.setattr(setup_script, "ROOT", tmp_path)
     setup_script.sync(uv, tmp_path)
     return tmp_path
@@ -55,7 +60,9 @@ def project(setup_script, tmp_path, monkeypatch):
 
 def test_the_script_is_python_3_9_and_needs_no_package():
     tree = ast.parse(SCRIPT.read_text(), feature_version=(3, 9))
-    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
+    }
     imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
 
@@ -79,19 +86,28 @@ def test_a_python_that_does_not_run_is_passed_over(setup_script, tmp_path, monke
     shim, good = tmp_path / "shims", tmp_path / "bin"
     for folder in (shim, good):
         folder.mkdir()
-    (shim / "python3.12").write_text("#!/bin/sh\necho 'python3.12: command not found' >&2\nexit 127\n")
+    (shim / "python3.12").write_text(
+        "#!/bin/sh\necho 'python3.12: command not found' >&2\nexit 127\n"
+    )
     (shim / "python3.12").chmod(0o755)
     (good / "python3.12").symlink_to(sys.executable)
     monkeypatch.setenv("PATH", f"{shim}{os.pathsep}{good}")
     found = setup_script.find_python()
     assert found != str(shim / "python3.12")
-    assert subprocess.run([found, "-c", "import sys; sys.exit(sys.version_info[:2] != (3, 12))"]).returncode == 0
+    assert (
+        subprocess.run(
+            [found, "-c", "import sys; sys.exit(sys.version_info[:2] != (3, 12))"]
+        ).returncode
+        == 0
+    )
 
 
 def test_a_made_environment_is_left_alone(setup_script, project):
     before = [(path, path.stat().st_mtime_ns) for path in sorted((project / ".venv").rglob("*"))]
     setup_script.sync(setup_script.find_uv(), project)
-    assert [(path, path.stat().st_mtime_ns) for path in sorted((project / ".venv").rglob("*"))] == before
+    assert [
+        (path, path.stat().st_mtime_ns) for path in sorted((project / ".venv").rglob("*"))
+    ] == before
 
 
 def test_what_a_user_adds_to_an_environment_stays(setup_script, project):
@@ -113,7 +129,10 @@ def test_a_removed_environment_is_made_again(setup_script, project, removed):
 def test_no_environment_needs_a_display():
     """OpenCV with windows needs libGL, which bare servers lack; it would also overwrite files of the one without."""
     for folder in (SCRIPT.parent.parent, SCRIPT.parent / "planning"):
-        locked = {package["name"] for package in tomllib.loads((folder / "uv.lock").read_text())["package"]}
+        locked = {
+            package["name"]
+            for package in tomllib.loads((folder / "uv.lock").read_text())["package"]
+        }
         assert "opencv-python-headless" in locked
         assert "opencv-python" not in locked
 
@@ -178,9 +197,16 @@ def test_an_unpacked_mesa_is_found_by_set_up_and_by_a_shell(setup_script, tmp_pa
     file = tmp_path / "environment"
     monkeypatch.setattr(setup_script, "ENVIRONMENT_FILE", file)
     assert setup_script.unpacked_environment() == {}
-    file.write_text("export LD_LIBRARY_PATH='/a folder/lib'\nexport VK_ICD_FILENAMES='/a folder/lvp.json'\n")
-    assert setup_script.unpacked_environment() == {"LD_LIBRARY_PATH": "/a folder/lib", "VK_ICD_FILENAMES": "/a folder/lvp.json"}
-    said = subprocess.run(["sh", "-c", f". {file}; echo $VK_ICD_FILENAMES"], capture_output=True, text=True).stdout
+    file.write_text(
+        "export LD_LIBRARY_PATH='/a folder/lib'\nexport VK_ICD_FILENAMES='/a folder/lvp.json'\n"
+    )
+    assert setup_script.unpacked_environment() == {
+        "LD_LIBRARY_PATH": "/a folder/lib",
+        "VK_ICD_FILENAMES": "/a folder/lvp.json",
+    }
+    said = subprocess.run(
+        ["sh", "-c", f". {file}; echo $VK_ICD_FILENAMES"], capture_output=True, text=True
+    ).stdout
     assert said == "/a folder/lvp.json\n"
 
 
@@ -230,6 +256,8 @@ def test_the_user_decides_what_renders(setup_script, monkeypatch):
 def test_setup_needs_no_module_of_a_checkout(tmp_path):
     (tmp_path / "envs").mkdir()
     shutil.copy(SCRIPT, tmp_path / "envs")
-    result = subprocess.run([sys.executable, "-I", tmp_path / "envs/setup.py", "--help"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-I", tmp_path / "envs/setup.py", "--help"], capture_output=True, text=True
+    )
     assert result.returncode == 0
     assert "second run" in result.stdout

@@ -16,12 +16,23 @@ TARGET = "results/smallest/success.csv"
 TRAINING_AND_AFTER = {"train_segment": 1, "rollout": 1, "video": 1, "success_table": 1}
 
 
-def snakemake(directory: Path, *arguments: str, target: str = TARGET, runs: dict | None = None) -> subprocess.CompletedProcess:
+def snakemake(
+    directory: Path, *arguments: str, target: str = TARGET, runs: dict | None = None
+) -> subprocess.CompletedProcess:
     """Run Snakemake on the smallest configuration, with changes to its runs."""
     changes = directory / "changes.yaml"
     changes.write_text(yaml.safe_dump({"runs": runs or {}}))
     configuration = ["--configfile", "tests/config/smallest.yaml", str(changes)]
-    command = [sys.executable, "-m", "snakemake", target, "--cores", "2", *arguments, *configuration]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        target,
+        "--cores",
+        "2",
+        *arguments,
+        *configuration,
+    ]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
 
@@ -34,7 +45,11 @@ def planned(directory: Path, target: str = TARGET, **runs: dict) -> dict[str, in
     if "Nothing to be done" in said:
         return {}
     table = said.split("Job stats:")[1].split("\n\n")[0]
-    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE) if rule != "total"}
+    return {
+        rule: int(count)
+        for rule, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)
+        if rule != "total"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +86,9 @@ def test_the_chain_ends_in_a_table(checkout):
     assert list(table["step"]) == [0, 2]
     assert (table["episodes"] == 2).all()
     assert (table["success_at_end"] <= table["success_once"]).all()
-    assert ((table["ci_low"] <= table["success_once"]) & (table["success_once"] <= table["ci_high"])).all()
+    assert (
+        (table["ci_low"] <= table["success_once"]) & (table["success_once"] <= table["ci_high"])
+    ).all()
     assert (checkout / "results/smallest/success.png").stat().st_size > 10_000
     assert (checkout / "results/smallest/videos/2.mp4").stat().st_size > 1_000
 
@@ -111,7 +128,10 @@ def test_an_edit_deep_in_the_model_reruns_training_but_not_the_data(checkout, ed
 
 def test_a_comment_and_a_docstring_rerun_nothing(checkout, edited):
     for name in ("plan", "dataset", "train_segment", "rollout"):
-        edited(f"workflow/demo2eval/{name}.py", lambda text: text.replace('"""', '"""Reworded. ', 1) + "\n# a comment\n")
+        edited(
+            f"workflow/demo2eval/{name}.py",
+            lambda text: text.replace('"""', '"""Reworded. ', 1) + "\n# a comment\n",
+        )
     assert planned(checkout) == {}
 
 

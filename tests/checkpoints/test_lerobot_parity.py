@@ -12,7 +12,10 @@ time in float64, openpi and this project in float32: with the same sines v_t dif
 import numpy as np
 import pytest
 
-pytest.importorskip("transformers", reason="LeRobot's own policies need transformers: uv run --group parity pytest <this file>")
+pytest.importorskip(
+    "transformers",
+    reason="LeRobot's own policies need transformers: uv run --group parity pytest <this file>",
+)
 
 import jax.numpy as jnp
 import torch
@@ -20,7 +23,16 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0 import modeling_pi0
 from lerobot.policies.pi05 import modeling_pi05
 from safetensors.torch import load_file
-from test_openpi_parity import GOLDEN, SPEC, config_of, difference, forward, observation_of, params_of, read
+from test_openpi_parity import (
+    GOLDEN,
+    SPEC,
+    config_of,
+    difference,
+    forward,
+    observation_of,
+    params_of,
+    read,
+)
 
 from demo2eval.checkpoints.huggingface import from_huggingface, to_huggingface
 from demo2eval.checkpoints.openpi import load_params, save_params
@@ -67,7 +79,9 @@ def load_policy(family: str, folder, monkeypatch):
     module, policy, config = LEROBOT[family]
     sizes = SPEC["config"]
     towers = {"gemma_2b": sizes["paligemma"], "gemma_300m": sizes["action_expert"]}
-    monkeypatch.setattr(module, "get_gemma_config", lambda variant: module.GemmaConfig(**towers[variant]))
+    monkeypatch.setattr(
+        module, "get_gemma_config", lambda variant: module.GemmaConfig(**towers[variant])
+    )
     vision = {
         "hidden_size": sizes["siglip"]["width"],
         "num_hidden_layers": sizes["siglip"]["depth"],
@@ -78,28 +92,42 @@ def load_policy(family: str, folder, monkeypatch):
     }
     vision = {f"vision_config__{name}": value for name, value in vision.items()}
     for name, changed in (
-        ("PaliGemmaForConditionalGenerationWithPiGemma", {"text_config__vocab_size": sizes["vocab_size"], **vision}),
+        (
+            "PaliGemmaForConditionalGenerationWithPiGemma",
+            {"text_config__vocab_size": sizes["vocab_size"], **vision},
+        ),
         ("PiGemmaForCausalLM", {"vocab_size": sizes["vocab_size"]}),
     ):
         monkeypatch.setattr(module, name, small(getattr(module, name), **changed))
-    cameras = {f"observation.images.{name}": PolicyFeature(FeatureType.VISUAL, (3, 224, 224)) for name in SPEC["cams"]}
+    cameras = {
+        f"observation.images.{name}": PolicyFeature(FeatureType.VISUAL, (3, 224, 224))
+        for name in SPEC["cams"]
+    }
     horizon = SPEC["action_horizon"]
     return policy.from_pretrained(
-        folder, config=config(chunk_size=horizon, n_action_steps=horizon, input_features=cameras, device="cpu")
+        folder,
+        config=config(
+            chunk_size=horizon, n_action_steps=horizon, input_features=cameras, device="cpu"
+        ),
     ).eval()
 
 
 def velocity_and_actions(policy, inputs: dict) -> tuple[np.ndarray, np.ndarray]:
     """Return LeRobot's v_t and its actions of ten flow steps, float32 [b, horizon, action_dim] each."""
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-    images = [(tensors[f"image/{name}"].float() / 255 * 2 - 1).permute(0, 3, 1, 2) for name in SPEC["cams"]]
+    images = [
+        (tensors[f"image/{name}"].float() / 255 * 2 - 1).permute(0, 3, 1, 2)
+        for name in SPEC["cams"]
+    ]
     masks = [tensors[f"image_mask/{name}"] for name in SPEC["cams"]]
     seen = [images, masks, tensors["tokenized_prompt"].long(), tensors["tokenized_prompt_mask"]]
     if policy.name == "pi0":
         seen.append(tensors["state"])
     # The forward pass returns the loss alone.
     velocities = []
-    handle = policy.model.action_out_proj.register_forward_hook(lambda module, arguments, result: velocities.append(result))
+    handle = policy.model.action_out_proj.register_forward_hook(
+        lambda module, arguments, result: velocities.append(result)
+    )
     with torch.no_grad():
         policy.model(*seen, *(tensors[name] for name in ("actions", "noise", "time")))
         handle.remove()
@@ -114,12 +142,16 @@ def test_lerobots_policy_gives_the_same(case, monkeypatch, capsys, record_proper
     assert "All keys loaded successfully" in capsys.readouterr().out
     loaded, file = policy.state_dict(), load_file(folder / "model.safetensors")
     for name, value in file.items():
-        assert torch.equal(loaded[name if name.startswith("model.") else f"model.{name}"], value), name
+        assert torch.equal(loaded[name if name.startswith("model.") else f"model.{name}"], value), (
+            name
+        )
     inputs, golden = read(f"{family}_inputs"), read(f"{family}_float32")
     velocity, actions = velocity_and_actions(policy, inputs)
     config = config_of(family)
     ours = forward(config, params, inputs)["v_t"]
-    sampled = sampling.sample_actions(config, params, observation_of(inputs), jnp.asarray(inputs["noise"]))
+    sampled = sampling.sample_actions(
+        config, params, observation_of(inputs), jnp.asarray(inputs["noise"])
+    )
     figures = {
         "v_t": difference(velocity, ours),
         "actions": difference(actions, sampled),

@@ -43,7 +43,9 @@ def refused(*arguments) -> str:
 def test_openpis_checkpoint_is_read():
     flat = flatten(load_params(CHECKPOINT / "params", CONFIG))
     with np.load(GOLDEN / "pi05_ema_train3.npz") as file:
-        assert {f"ema_after3/{name}" for name in flat} == {name for name in file.files if name.startswith("ema_after3/")}
+        assert {f"ema_after3/{name}" for name in flat} == {
+            name for name in file.files if name.startswith("ema_after3/")
+        }
         for name, value in flat.items():
             np.testing.assert_array_equal(value, file[f"ema_after3/{name}"])
 
@@ -51,22 +53,31 @@ def test_openpis_checkpoint_is_read():
 def test_what_is_written_is_read_the_way_openpi_does(tmp_path):
     save_params(tmp_path / "params", unflatten(golden_params()))
     # As openpi's loader does: every array as numpy, by name.
-    arguments = {"params": unflatten(dict.fromkeys(golden_params(), ocp.RestoreArgs(restore_type=np.ndarray)))}
+    arguments = {
+        "params": unflatten(
+            dict.fromkeys(golden_params(), ocp.RestoreArgs(restore_type=np.ndarray))
+        )
+    }
     with ocp.PyTreeCheckpointer() as checkpointer:
         template = {"params": checkpointer.metadata(tmp_path / "params").item_metadata["params"]}
-        restored = checkpointer.restore(tmp_path / "params", ocp.args.PyTreeRestore(item=template, restore_args=arguments))[
-            "params"
-        ]
+        restored = checkpointer.restore(
+            tmp_path / "params", ocp.args.PyTreeRestore(item=template, restore_args=arguments)
+        )["params"]
     for name, value in golden_params().items():
         np.testing.assert_array_equal(flatten(restored)[name], value)
 
 
-EXPERTS_NORMS = [f"PaliGemma/llm/{norm}" for norm in ("final_norm_1", "layers/pre_attention_norm_1", "layers/pre_ffw_norm_1")]
+EXPERTS_NORMS = [
+    f"PaliGemma/llm/{norm}"
+    for norm in ("final_norm_1", "layers/pre_attention_norm_1", "layers/pre_ffw_norm_1")
+]
 PI05_ALONE = [f"{name}/Dense_0/{part}" for name in EXPERTS_NORMS for part in ("bias", "kernel")]
 PI05_ALONE += [f"time_mlp_{end}/{part}" for end in ("in", "out") for part in ("bias", "kernel")]
 PI0_ALONE = [f"{name}/scale" for name in EXPERTS_NORMS]
 PI0_ALONE += [
-    f"{name}/{part}" for name in ("action_time_mlp_in", "action_time_mlp_out", "state_proj") for part in ("bias", "kernel")
+    f"{name}/{part}"
+    for name in ("action_time_mlp_in", "action_time_mlp_out", "state_proj")
+    for part in ("bias", "kernel")
 ]
 PI0 = dataclasses.replace(CONFIG, family="pi0")
 
@@ -94,7 +105,9 @@ def test_other_sizes_name_the_misshapen_and_what_to_set(tmp_path):
         " instead of [2048, 64]; these are weights of pi05 in another size: set model.overrides (--model-overrides) to"
         ' {"vocab_size": 1024}.'
     )
-    deeper = dataclasses.replace(CONFIG, siglip=SiglipConfig(width=64, depth=3, mlp_dim=80, num_heads=2, image_size=112))
+    deeper = dataclasses.replace(
+        CONFIG, siglip=SiglipConfig(width=64, depth=3, mlp_dim=80, num_heads=2, image_size=112)
+    )
     encoder = "PaliGemma/img/Transformer/encoder"
     assert refused(path, deeper) == (
         f"{path} does not hold the weights of this pi05 model: misshapen {encoder}_norm/bias [32] instead of [64],"
@@ -102,20 +115,31 @@ def test_other_sizes_name_the_misshapen_and_what_to_set(tmp_path):
         f" {encoder}block/LayerNorm_0/scale [2, 32] instead of [3, 64] and 18 more; these are weights of pi05 in another size:"
         ' set model.overrides (--model-overrides) to {"siglip.width": 32, "siglip.depth": 2, "siglip.image_size": 224}.'
     )
-    told = json.loads(refused(path, make_config("pi05")).split("--model-overrides) to ")[1].removesuffix("."))
+    told = json.loads(
+        refused(path, make_config("pi05")).split("--model-overrides) to ")[1].removesuffix(".")
+    )
     assert load_params(path, make_config("pi05", **told))
 
 
 def with_lora(rank: int) -> Pi0Config:
     lora = LoraConfig(rank, 4.0, 4, 4.0)
-    return dataclasses.replace(CONFIG, action_expert=dataclasses.replace(CONFIG.action_expert, lora=lora))
+    return dataclasses.replace(
+        CONFIG, action_expert=dataclasses.replace(CONFIG.action_expert, lora=lora)
+    )
 
 
 def test_lora_where_none_is_wanted_and_back(tmp_path):
     plain, adapted = tmp_path / "plain", tmp_path / "lora"
     save_params(plain, unflatten(golden_params()))
-    save_params(adapted, unflatten({name: np.zeros(shape, np.float32) for name, (shape, _) in table(with_lora(4)).items()}))
-    attention = [f"attn/{kind}_einsum_1/lora_{end}" for kind in ("attn_vec", "kv", "q") for end in "ab"]
+    save_params(
+        adapted,
+        unflatten(
+            {name: np.zeros(shape, np.float32) for name, (shape, _) in table(with_lora(4)).items()}
+        ),
+    )
+    attention = [
+        f"attn/{kind}_einsum_1/lora_{end}" for kind in ("attn_vec", "kv", "q") for end in "ab"
+    ]
     forward = [f"mlp_1/{name}_lora_{end}" for name in ("gating_einsum", "linear") for end in "ab"]
     names = ", ".join(f"PaliGemma/llm/layers/{name}" for name in attention + forward)
     assert refused(adapted, CONFIG) == (
@@ -155,7 +179,10 @@ def test_a_part_of_the_weights_and_other_weights(tmp_path):
 
 def test_a_missing_checkpoint_is_a_sentence(tmp_path):
     path = tmp_path / "3/params"
-    assert refused(path, CONFIG) == f"{path} does not exist; a checkpoint keeps its weights in <step>/params."
+    assert (
+        refused(path, CONFIG)
+        == f"{path} does not exist; a checkpoint keeps its weights in <step>/params."
+    )
     path.mkdir(parents=True)
     assert refused(path, CONFIG) == (
         f"{path} holds no weights, or not all of them: it has no file _METADATA; copy or make it again."
@@ -170,7 +197,9 @@ def test_a_cut_checkpoint_is_a_sentence_and_nothing_else(tmp_path, cut, capfd):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     said = refused(path, CONFIG)
     of_array = r"array PaliGemma/\S+ of " if cut.startswith("ocdbt") else ""
-    assert re.fullmatch(rf"{of_array}{path} cannot be read \(.+\): it is incomplete; copy or make it again\.", said), said
+    assert re.fullmatch(
+        rf"{of_array}{path} cannot be read \(.+\): it is incomplete; copy or make it again\.", said
+    ), said
     assert "\n" not in said
     # Orbax, reading all arrays at once, would leave a traceback for each of the others.
     assert "Traceback" not in capfd.readouterr().err

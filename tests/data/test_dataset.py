@@ -61,8 +61,12 @@ def test_the_official_reader_gives_the_demonstrations_back(stored, pushcube_repl
     with h5py.File(pushcube_replay.parent / "trajectory.h5") as file:
         for episode in range(3):
             group = file[f"traj_{episode}"]
-            state = np.concatenate([group["obs/agent/qpos"][()], group["obs/extra/tcp_pose"][()]], axis=1).astype(np.float32)
-            steps, pictures = (group[f"obs/sensor_data/base_camera/{name}"][()] for name in ("step", "rgb"))
+            state = np.concatenate(
+                [group["obs/agent/qpos"][()], group["obs/extra/tcp_pose"][()]], axis=1
+            ).astype(np.float32)
+            steps, pictures = (
+                group[f"obs/sensor_data/base_camera/{name}"][()] for name in ("step", "rgb")
+            )
             length = len(group["actions"])
             for step in {0, 1, int(steps[1]) - 1, int(steps[1]), int(steps[2]), length - 1}:
                 item = opened[row + step]
@@ -72,7 +76,11 @@ def test_the_official_reader_gives_the_demonstrations_back(stored, pushcube_repl
                 assert item["picture_age"] == step - steps[newest]
                 seen = item["observation.images.base_camera"].numpy().transpose(1, 2, 0) * 255
                 assert np.abs(seen - pictures[newest]).max() <= tolerance
-                assert (item["episode_index"], item["frame_index"], item["task"]) == (episode, step, PROMPT)
+                assert (item["episode_index"], item["frame_index"], item["task"]) == (
+                    episode,
+                    step,
+                    PROMPT,
+                )
             row += length
 
 
@@ -81,7 +89,9 @@ def test_official_chunks_stop_at_the_end_of_the_episode(stored):
 
     _, folder, manifest = stored
     times = {"action": [step / 20 for step in range(4)]}
-    opened = LeRobotDataset("demo2eval/any", root=folder / "lerobot", video_backend="pyav", delta_timestamps=times)
+    opened = LeRobotDataset(
+        "demo2eval/any", root=folder / "lerobot", video_backend="pyav", delta_timestamps=times
+    )
     last = opened[manifest["facts"]["lengths"][0] - 2]
     assert last["action_is_pad"].tolist() == [False, False, True, True]
 
@@ -95,7 +105,9 @@ def test_statistics_are_those_of_all_values(stored, pushcube_replay):
         looks = []
         for group in groups:
             steps = group["obs/sensor_data/base_camera/step"][()]
-            looks.append(group["obs/sensor_data/base_camera/rgb"][()][steps < len(group["actions"])])
+            looks.append(
+                group["obs/sensor_data/base_camera/rgb"][()][steps < len(group["actions"])]
+            )
     actions = actions.astype(np.float64)
     assert np.allclose(stats["action"]["q99"], np.quantile(actions, 0.99, axis=0), atol=1e-12)
     assert np.allclose(stats["action"]["std"], actions.std(axis=0), atol=1e-12)
@@ -120,7 +132,16 @@ def test_workers_change_nothing(stored, pushcube_shards, tmp_path):
 
 def command(folder: Path, replays: list[Path]) -> list[str]:
     """The command line that makes the dataset of `make` with two workers."""
-    words = ["-m", "demo2eval.data.dataset", "--prompt", PROMPT, "--cameras", '["base_camera"]', "--state", json.dumps(STATE)]
+    words = [
+        "-m",
+        "demo2eval.data.dataset",
+        "--prompt",
+        PROMPT,
+        "--cameras",
+        '["base_camera"]',
+        "--state",
+        json.dumps(STATE),
+    ]
     places = ["--inputs", *map(str, replays), "--output", str(folder / "manifest.json")]
     return [sys.executable, *words, "--video-crf", "0", *places, "--workers", "2"]
 
@@ -141,7 +162,9 @@ def test_killed_and_started_again_it_ends_the_same(pushcube_shards, tmp_path):
 
 
 def test_a_killed_worker_costs_its_shard_alone(pushcube_shards, tmp_path):
-    process = subprocess.Popen(command(tmp_path, pushcube_shards), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(tmp_path, pushcube_shards), stderr=subprocess.PIPE, text=True
+    )
     while not (begun := list(tmp_path.glob(".manifest.partial-*/shard-*.*"))):
         time.sleep(0.002)
     os.kill(int(begun[0].suffix[1:]), signal.SIGKILL)
@@ -152,14 +175,19 @@ def test_a_killed_worker_costs_its_shard_alone(pushcube_shards, tmp_path):
     assert "run the same command again" in said
     assert "Traceback" not in said
     assert not (tmp_path / "manifest.json").exists()
-    assert len([path for path in tmp_path.glob(".manifest.partial-*/shard-*") if not path.suffix]) == len(pushcube_shards) - 1
+    assert (
+        len([path for path in tmp_path.glob(".manifest.partial-*/shard-*") if not path.suffix])
+        == len(pushcube_shards) - 1
+    )
     again = make(tmp_path, pushcube_shards)
     assert again["digest"] == make(tmp_path / "undisturbed", pushcube_shards)["digest"]
 
 
 # The second is more than the rows need and less than the video.
 @pytest.mark.parametrize("largest_file", [4_000, 60_000])
-def test_a_full_disk_is_one_sentence_and_nothing_is_finished(pushcube_shards, tmp_path, largest_file):
+def test_a_full_disk_is_one_sentence_and_nothing_is_finished(
+    pushcube_shards, tmp_path, largest_file
+):
     result = subprocess.run(
         command(tmp_path, pushcube_shards),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2),
@@ -185,7 +213,11 @@ def test_finished_shards_are_not_written_again(pushcube_shards, tmp_path, monkey
         make(tmp_path, pushcube_shards)
     monkeypatch.undo()
     original = module.write_shard
-    monkeypatch.setattr(module, "write_shard", lambda shard, *rest: written.append(shard.index) or original(shard, *rest))
+    monkeypatch.setattr(
+        module,
+        "write_shard",
+        lambda shard, *rest: written.append(shard.index) or original(shard, *rest),
+    )
     shutil.rmtree(next(tmp_path.glob(".manifest.partial-*/shard-001")))
     make(tmp_path, pushcube_shards)
     assert written == [1]
@@ -196,4 +228,7 @@ def test_count_takes_the_first_demonstrations_across_shards(pushcube_shards, tmp
     seeds = read_manifest(pushcube_shards[0])["facts"]["seeds"]
     assert manifest["facts"]["seeds"] == seeds[:2]
     assert manifest["facts"]["episodes"] == 2
-    assert make(tmp_path / "all", pushcube_shards[::-1], count=2)["facts"]["seeds"] == [seeds[2], seeds[0]]
+    assert make(tmp_path / "all", pushcube_shards[::-1], count=2)["facts"]["seeds"] == [
+        seeds[2],
+        seeds[0],
+    ]

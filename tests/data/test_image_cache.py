@@ -20,7 +20,13 @@ from demo2eval.provenance import read_manifest
 def stored(request, pushcube_shards, tmp_path_factory) -> tuple[str, Path]:
     """(how pictures are stored, manifest) of a dataset of two shards."""
     output = tmp_path_factory.mktemp(request.param) / "manifest.json"
-    settings = DatasetSettings(prompt="push", cameras=["base_camera"], state=["qpos"], image_storage=request.param, video_crf=0)
+    settings = DatasetSettings(
+        prompt="push",
+        cameras=["base_camera"],
+        state=["qpos"],
+        image_storage=request.param,
+        video_crf=0,
+    )
     dataset(settings, pushcube_shards, output)
     return request.param, output
 
@@ -38,7 +44,9 @@ def looks(pushcube_replay) -> np.ndarray:
 
 def make(folder: Path, source: Path, image_size: int, workers: int = 1) -> dict[str, np.ndarray]:
     """Make a cache and return its arrays."""
-    training_cache(Settings(image_size=image_size), source, folder / "manifest.json", workers=workers)
+    training_cache(
+        Settings(image_size=image_size), source, folder / "manifest.json", workers=workers
+    )
     return {path.stem: np.load(path) for path in folder.glob("*.npy")}
 
 
@@ -60,7 +68,9 @@ def test_large_pictures_are_resized_as_the_model_would(stored, looks, tmp_path):
 def test_rows_are_those_of_the_dataset(stored, tmp_path):
     _, source = stored
     arrays = make(tmp_path, source, image_size=64)
-    columns = read_columns(dataset_root(source), ["observation.state", "action", "episode_index", "picture_age"])
+    columns = read_columns(
+        dataset_root(source), ["observation.state", "action", "episode_index", "picture_age"]
+    )
     assert np.array_equal(arrays["state"], columns["observation.state"])
     assert np.array_equal(arrays["action"], columns["action"])
     assert np.array_equal(arrays["episode"], columns["episode_index"])
@@ -72,11 +82,15 @@ def test_threads_change_nothing(stored, tmp_path):
     _, source = stored
     make(tmp_path / "one", source, image_size=64)
     make(tmp_path / "two", source, image_size=64, workers=2)
-    digests = [read_manifest(tmp_path / name / "manifest.json")["digest"] for name in ("one", "two")]
+    digests = [
+        read_manifest(tmp_path / name / "manifest.json")["digest"] for name in ("one", "two")
+    ]
     assert digests[0] == digests[1]
 
 
-@pytest.mark.parametrize("instant", ["in the first file", "after the first file", "while publishing"])
+@pytest.mark.parametrize(
+    "instant", ["in the first file", "after the first file", "while publishing"]
+)
 def test_killed_and_started_again_it_ends_the_same(stored, tmp_path, monkeypatch, instant):
     _, source = stored
     make(tmp_path / "undisturbed", source, image_size=64)
@@ -107,9 +121,14 @@ def test_killed_and_started_again_it_ends_the_same(stored, tmp_path, monkeypatch
     assert not (tmp_path / "killed" / "manifest.json").exists()
 
     decoding = module.decode_video if stored[0] == "video" else module.decode_png
-    monkeypatch.setattr(module, decoding.__name__, lambda *given: (decoded.append(given[0]), decoding(*given))[1])
+    monkeypatch.setattr(
+        module, decoding.__name__, lambda *given: (decoded.append(given[0]), decoding(*given))[1]
+    )
     make(tmp_path / "killed", source, image_size=64)
-    digests = [read_manifest(tmp_path / name / "manifest.json")["digest"] for name in ("undisturbed", "killed")]
+    digests = [
+        read_manifest(tmp_path / name / "manifest.json")["digest"]
+        for name in ("undisturbed", "killed")
+    ]
     assert digests[0] == digests[1]
     assert len(decoded) == (1 if instant == "after the first file" else 2)
 

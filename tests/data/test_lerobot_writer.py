@@ -21,7 +21,9 @@ def roots(pushcube_replay, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     found = {}
     for storage in ("png", "video"):
         folder = tmp_path_factory.mktemp(storage)
-        settings = Settings(prompt="push", cameras=["base_camera"], state=["qpos"], image_storage=storage)
+        settings = Settings(
+            prompt="push", cameras=["base_camera"], state=["qpos"], image_storage=storage
+        )
         dataset(settings, [pushcube_replay], folder / "ours" / "manifest.json")
         data_benchmark.lerobot_convert(settings, pushcube_replay, folder / "theirs")
         found[storage] = folder / "ours" / "lerobot", folder / "theirs"
@@ -46,14 +48,24 @@ def test_video_is_as_good_as_lerobots(roots):
 def test_statistics_are_exact_and_openpis_within_a_bin(roots):
     root, _ = roots["png"]
     columns = read_columns(root, ["observation.state", "action", "episode_index"])
-    stats = compute(columns, StatsSettings(action_horizon=data_benchmark.HORIZON, delta_action_mask=MASK))
+    stats = compute(
+        columns, StatsSettings(action_horizon=data_benchmark.HORIZON, delta_action_mask=MASK)
+    )
     exact = data_benchmark.exact_statistics(root, MASK)
     # All rows in one batch, so that the bins are not dealt anew, which moves what they hold.
-    running = data_benchmark.openpi_statistics(root, 20, MASK, workers=0, batch_size=len(columns["action"]))
+    running = data_benchmark.openpi_statistics(
+        root, 20, MASK, workers=0, batch_size=len(columns["action"])
+    )
     for name, ordered in data_benchmark.sorted_values(root, MASK).items():
         for key, value in exact[name].items():
             assert np.allclose(getattr(stats[name], key), value, rtol=0, atol=1e-9), (name, key)
         for key in ("mean", "std"):
-            assert np.allclose(getattr(running[name], key), exact[name][key], rtol=0, atol=1e-5), (name, key)
+            assert np.allclose(getattr(running[name], key), exact[name][key], rtol=0, atol=1e-5), (
+                name,
+                key,
+            )
         for quantile in data_benchmark.QUANTILES:
-            assert (data_benchmark.bins_off(running[name], ordered, quantile) <= 1.01).all(), (name, quantile)
+            assert (data_benchmark.bins_off(running[name], ordered, quantile) <= 1.01).all(), (
+                name,
+                quantile,
+            )

@@ -32,11 +32,19 @@ def made(pushcube_replay, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("loader")
     source = root / "dataset" / "manifest.json"
     dataset(
-        DatasetSettings(prompt=PROMPT, cameras=["base_camera"], state=["qpos"], image_storage="png"), [pushcube_replay], source
+        DatasetSettings(
+            prompt=PROMPT, cameras=["base_camera"], state=["qpos"], image_storage="png"
+        ),
+        [pushcube_replay],
+        source,
     )
     for name, image_size in (("small", 64), ("whole", 224)):
         training_cache(CacheSettings(image_size=image_size), source, root / name / "manifest.json")
-    norm_stats(NormStatsSettings(action_horizon=HORIZON, delta_action_mask=MASK), source, root / "stats" / "manifest.json")
+    norm_stats(
+        NormStatsSettings(action_horizon=HORIZON, delta_action_mask=MASK),
+        source,
+        root / "stats" / "manifest.json",
+    )
     return {name: root / name for name in ("small", "whole", "stats")}
 
 
@@ -54,7 +62,9 @@ def open_data(made, cache: str = "small", **changes) -> TrainingData:
         "delta_action_mask": MASK,
         "use_quantiles": True,
     }
-    return TrainingData(made[cache], load_norm_stats(made["stats"] / "norm_stats.json"), **(arguments | changes))
+    return TrainingData(
+        made[cache], load_norm_stats(made["stats"] / "norm_stats.json"), **(arguments | changes)
+    )
 
 
 def arrays(made, cache: str = "small") -> dict[str, np.ndarray]:
@@ -62,7 +72,10 @@ def arrays(made, cache: str = "small") -> dict[str, np.ndarray]:
 
 
 def same(one: dict, other: dict) -> bool:
-    flat = [{**batch, **{f"images/{name}": image for name, image in batch["images"].items()}} for batch in (one, other)]
+    flat = [
+        {**batch, **{f"images/{name}": image for name, image in batch["images"].items()}}
+        for batch in (one, other)
+    ]
     return all(np.array_equal(flat[0][name], flat[1][name]) for name in flat[0] if name != "images")
 
 
@@ -94,15 +107,23 @@ def test_a_sample_is_its_look(made):
     batch = data.batch(0, 16, seed=0)
     for index, look in enumerate(looks_of(0, 16, 0, len(data))):
         row = cache["look_row"][look]
-        assert np.array_equal(batch["images"]["base_0_rgb"][index], cache["images_base_camera"][look])
+        assert np.array_equal(
+            batch["images"]["base_0_rgb"][index], cache["images_base_camera"][look]
+        )
         state = cache["state"][row].astype(np.float64)
-        expected = (state - stats["state"].q01) / (stats["state"].q99 - stats["state"].q01 + 1e-6) * 2 - 1
+        expected = (state - stats["state"].q01) / (
+            stats["state"].q99 - stats["state"].q01 + 1e-6
+        ) * 2 - 1
         assert np.allclose(batch["state"][index, :9], expected, atol=1e-4)
         for ahead in range(HORIZON):
             there = min(row + ahead, np.flatnonzero(cache["episode"] == cache["episode"][row])[-1])
             delta = cache["action"][there] - np.append(state[:7], 0)
             low, high = stats["actions"].q01, stats["actions"].q99
-            assert np.allclose(batch["actions"][index, ahead, :8], (delta - low) / (high - low + 1e-6) * 2 - 1, atol=1e-4)
+            assert np.allclose(
+                batch["actions"][index, ahead, :8],
+                (delta - low) / (high - low + 1e-6) * 2 - 1,
+                atol=1e-4,
+            )
     assert batch["state"].shape == (16, WIDTH)
     assert batch["actions"].shape == (16, HORIZON, WIDTH)
     assert not batch["state"][:, 9:].any()
@@ -124,7 +145,9 @@ def test_noise_on_the_state_leads_back_to_the_demonstration(made):
         actions[..., :7] += state[:, None, :7]
         return state, actions
 
-    (clean, clean_actions), (noisy, noisy_actions) = (absolute(open_data(made, state_noise=noise)) for noise in (0.0, 0.03))
+    (clean, clean_actions), (noisy, noisy_actions) = (
+        absolute(open_data(made, state_noise=noise)) for noise in (0.0, 0.03)
+    )
     difference = noisy - clean
     assert 0.02 < difference[:, :7].std() < 0.04
     assert not difference[:, 7:].any()
@@ -152,7 +175,11 @@ def test_the_prompt_holds_the_state_only_where_the_model_reads_it_there(made):
 def test_a_checkpoints_assets_say_everything(made, tmp_path):
     policy = PolicyDescription(
         variant="pi05_tiny",
-        model_overrides={"action_horizon": HORIZON, "discrete_state_input": True, "max_token_len": 80},
+        model_overrides={
+            "action_horizon": HORIZON,
+            "discrete_state_input": True,
+            "max_token_len": 80,
+        },
         asset_id="maniskill/PushCube-v1",
         task="PushCube-v1",
         prompt=PROMPT,
@@ -171,8 +198,14 @@ def test_a_checkpoints_assets_say_everything(made, tmp_path):
     Tokenizer.train([PROMPT], with_state=True).save(assets / "tokenizer.model")
     opened = TrainingData.for_policy(made["small"], tmp_path, state_noise=0.03).batch(5, 8, seed=1)
     config = policy.config
-    named = {"image_size": config.siglip.image_size, "action_dim": config.action_dim, "state_noise": 0.03}
-    assert same(opened, open_data(made, prompt=prompt(with_state=True), **named).batch(5, 8, seed=1))
+    named = {
+        "image_size": config.siglip.image_size,
+        "action_dim": config.action_dim,
+        "state_noise": 0.03,
+    }
+    assert same(
+        opened, open_data(made, prompt=prompt(with_state=True), **named).batch(5, 8, seed=1)
+    )
 
 
 @pytest.mark.parametrize(

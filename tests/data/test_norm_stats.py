@@ -26,7 +26,11 @@ HORIZON = 16
 def pushcube(pushcube_replay, tmp_path_factory) -> Path:
     """Manifest of a dataset of three demonstrations."""
     output = tmp_path_factory.mktemp("dataset") / "manifest.json"
-    dataset(DatasetSettings(prompt="push", cameras=["base_camera"], state=["qpos"]), [pushcube_replay], output)
+    dataset(
+        DatasetSettings(prompt="push", cameras=["base_camera"], state=["qpos"]),
+        [pushcube_replay],
+        output,
+    )
     return output
 
 
@@ -45,7 +49,9 @@ def slow_chunks(columns: dict[str, np.ndarray], delta: bool) -> np.ndarray:
             there = row + ahead
             while there >= len(action) or episode[there] != episode[row]:
                 there -= 1
-            chunk.append([action[there, j] - (state[row, j] if delta and j < 7 else 0) for j in range(8)])
+            chunk.append(
+                [action[there, j] - (state[row, j] if delta and j < 7 else 0) for j in range(8)]
+            )
         chunks.append(chunk)
     return np.array(chunks, dtype=np.float64)
 
@@ -53,7 +59,11 @@ def slow_chunks(columns: dict[str, np.ndarray], delta: bool) -> np.ndarray:
 @pytest.mark.parametrize("delta", [True, False])
 @pytest.mark.parametrize("chunkwise", [True, False])
 def test_equal_to_the_definition(columns, delta, chunkwise):
-    settings = Settings(action_horizon=HORIZON, delta_action_mask=MASK if delta else None, per_timestep_action_stats=chunkwise)
+    settings = Settings(
+        action_horizon=HORIZON,
+        delta_action_mask=MASK if delta else None,
+        per_timestep_action_stats=chunkwise,
+    )
     chunks = slow_chunks(columns, delta)
     values = chunks if chunkwise else chunks.reshape(-1, 8)
     stats = compute(columns, settings)["actions"]
@@ -66,12 +76,16 @@ def test_equal_to_the_definition(columns, delta, chunkwise):
 
 def test_the_state_counts_once_a_row(columns):
     stats = compute(columns, Settings(action_horizon=HORIZON, delta_action_mask=MASK))["state"]
-    assert np.allclose(stats.mean, columns["observation.state"].mean(axis=0, dtype=np.float64), rtol=0, atol=1e-9)
+    assert np.allclose(
+        stats.mean, columns["observation.state"].mean(axis=0, dtype=np.float64), rtol=0, atol=1e-9
+    )
 
 
 def test_the_floor_widens_what_is_narrow_and_nothing_else(columns):
     plain = compute(columns, Settings(action_horizon=HORIZON, delta_action_mask=MASK))["actions"]
-    floored = compute(columns, Settings(action_horizon=HORIZON, delta_action_mask=MASK, min_scale=0.02))["actions"]
+    floored = compute(
+        columns, Settings(action_horizon=HORIZON, delta_action_mask=MASK, min_scale=0.02)
+    )["actions"]
     half = (plain.q99 - plain.q01) / 2
     assert (half < 0.02).any()
     assert (half > 0.02).any()
@@ -106,8 +120,16 @@ def test_the_file_is_openpis_and_the_manifest_names_what_hardly_varies(pushcube,
     norm_stats(settings, pushcube, tmp_path / "manifest.json")
     content = json.loads((tmp_path / "norm_stats.json").read_text())["norm_stats"]
     assert set(content) == {"state", "actions"}
-    assert {key: len(value) for key, value in content["actions"].items()} == {"mean": 8, "std": 8, "q01": 8, "q99": 8}
-    assert np.allclose(load_norm_stats(tmp_path / "norm_stats.json")["actions"].q99, compute(columns, settings)["actions"].q99)
+    assert {key: len(value) for key, value in content["actions"].items()} == {
+        "mean": 8,
+        "std": 8,
+        "q01": 8,
+        "q99": 8,
+    }
+    assert np.allclose(
+        load_norm_stats(tmp_path / "norm_stats.json")["actions"].q99,
+        compute(columns, settings)["actions"].q99,
+    )
     facts = read_manifest(tmp_path / "manifest.json")["facts"]
     assert facts["rows"] == len(columns["action"])
     assert facts["actions_counted"] == "every step of every chunk, as openpi's"
@@ -116,20 +138,36 @@ def test_the_file_is_openpis_and_the_manifest_names_what_hardly_varies(pushcube,
 
 
 def test_every_dimension_is_listed_with_its_range(pushcube, columns, tmp_path):
-    norm_stats(Settings(action_horizon=HORIZON, delta_action_mask=MASK, min_scale=0.5), pushcube, tmp_path / "manifest.json")
+    norm_stats(
+        Settings(action_horizon=HORIZON, delta_action_mask=MASK, min_scale=0.5),
+        pushcube,
+        tmp_path / "manifest.json",
+    )
     with open(tmp_path / "ranges.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     state = columns["observation.state"].astype(np.float64)
-    assert [row["column"] for row in rows] == ["observation.state"] * state.shape[1] + ["action"] * 8
+    assert [row["column"] for row in rows] == ["observation.state"] * state.shape[1] + [
+        "action"
+    ] * 8
     assert rows[0]["dimension"] == "panda_joint1"
     for dimension, row in enumerate(rows[: state.shape[1]]):
         values = state[:, dimension]
-        expected = [values.min(), np.quantile(values, 0.01), values.mean(), values.std(), np.quantile(values, 0.99), values.max()]
-        assert [float(row[key]) for key in ("min", "q01", "mean", "std", "q99", "max")] == pytest.approx(
-            expected, rel=1e-5, abs=1e-6
-        )
+        expected = [
+            values.min(),
+            np.quantile(values, 0.01),
+            values.mean(),
+            values.std(),
+            np.quantile(values, 0.99),
+            values.max(),
+        ]
+        assert [
+            float(row[key]) for key in ("min", "q01", "mean", "std", "q99", "max")
+        ] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     # The gripper's commands, which are no differences, stay as they are.
-    assert (float(rows[-1]["min"]), float(rows[-1]["max"])) == (columns["action"][:, 7].min(), columns["action"][:, 7].max())
+    assert (float(rows[-1]["min"]), float(rows[-1]["max"])) == (
+        columns["action"][:, 7].min(),
+        columns["action"][:, 7].max(),
+    )
 
 
 @pytest.mark.parametrize(("column", "value"), [("action", np.nan), ("observation.state", np.inf)])
@@ -142,15 +180,27 @@ def test_values_that_are_not_finite_are_a_sentence(pushcube, tmp_path, column, v
     first = table.column("episode_index").to_pylist().index(1)
     rows[first + 5][3] = value
     index = table.schema.get_field_index(column)
-    pq.write_table(table.set_column(index, column, pa.array(rows, table.schema.field(column).type)), path)
-    with pytest.raises(UserError, match=f"column '{column}' of episode 1 holds NaN or infinity at step 5"):
-        norm_stats(Settings(action_horizon=HORIZON), copy / "manifest.json", tmp_path / "out" / "manifest.json")
+    pq.write_table(
+        table.set_column(index, column, pa.array(rows, table.schema.field(column).type)), path
+    )
+    with pytest.raises(
+        UserError, match=f"column '{column}' of episode 1 holds NaN or infinity at step 5"
+    ):
+        norm_stats(
+            Settings(action_horizon=HORIZON),
+            copy / "manifest.json",
+            tmp_path / "out" / "manifest.json",
+        )
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_mask_that_does_not_fit_is_a_sentence(pushcube, tmp_path):
     with pytest.raises(UserError, match="delta_action_mask has 9 dimensions"):
-        norm_stats(Settings(action_horizon=4, delta_action_mask=[True] * 9), pushcube, tmp_path / "manifest.json")
+        norm_stats(
+            Settings(action_horizon=4, delta_action_mask=[True] * 9),
+            pushcube,
+            tmp_path / "manifest.json",
+        )
 
 
 def test_a_cut_file_is_a_sentence(pushcube, tmp_path):
@@ -159,4 +209,6 @@ def test_a_cut_file_is_a_sentence(pushcube, tmp_path):
     path = next((copy / "lerobot" / "data").rglob("*.parquet"))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be read"):
-        norm_stats(Settings(action_horizon=4), copy / "manifest.json", tmp_path / "out" / "manifest.json")
+        norm_stats(
+            Settings(action_horizon=4), copy / "manifest.json", tmp_path / "out" / "manifest.json"
+        )

@@ -37,7 +37,9 @@ def test_a_gripper_that_does_not_change_holds_nothing(command):
 @pytest.fixture(scope="module")
 def stack(stackcube_demos):
     """An environment of StackCube and the first of the planned demonstrations."""
-    demonstrations, _ = read_demonstrations(stackcube_demos.parent / "trajectory.h5", "StackCube-v1")
+    demonstrations, _ = read_demonstrations(
+        stackcube_demos.parent / "trajectory.h5", "StackCube-v1"
+    )
     environment = make_environment("StackCube-v1", control_mode="pd_joint_pos")
     environment.reset(seed=demonstrations[0].seed)
     environment.unwrapped.set_state_dict(nest_state(demonstrations[0].states, 0))

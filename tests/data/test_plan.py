@@ -16,11 +16,19 @@ ROOT = Path(__file__).resolve().parents[2]
 PLANNING_PYTHON = ROOT / "envs/planning/.venv/bin/python"
 
 
-def plan(output: Path, *options: str, largest_file: int | None = None) -> subprocess.CompletedProcess:
+def plan(
+    output: Path, *options: str, largest_file: int | None = None
+) -> subprocess.CompletedProcess:
     command = [str(PLANNING_PYTHON), "-m", "demo2eval.data.plan", *options, "--output", str(output)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow")}
-    limit = None if largest_file is None else (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2))
-    return subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=limit)
+    limit = (
+        None
+        if largest_file is None
+        else (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2))
+    )
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, preexec_fn=limit
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +51,10 @@ def test_a_shard_holds_the_demonstrations_that_were_asked_for(planned):
 
 
 def test_the_same_seeds_give_the_demonstrations_of_the_fixture(planned, pushcube_demos):
-    with h5py.File(planned.parent / "trajectory.h5") as new, h5py.File(pushcube_demos.parent / "trajectory.h5") as kept:
+    with (
+        h5py.File(planned.parent / "trajectory.h5") as new,
+        h5py.File(pushcube_demos.parent / "trajectory.h5") as kept,
+    ):
         for name in kept:
             np.testing.assert_array_equal(new[name]["actions"][()], kept[name]["actions"][()])
 
@@ -51,7 +62,16 @@ def test_the_same_seeds_give_the_demonstrations_of_the_fixture(planned, pushcube
 @pytest.mark.parametrize("bytes_there", [1_000, 40_000])
 def test_a_full_disk_is_one_sentence_and_nothing_is_finished(tmp_path, bytes_there):
     output = tmp_path / "shard-000" / "manifest.json"
-    result = plan(output, "--task", "PushCube-v1", "--count", "2", "--first-seed", "1000000", largest_file=bytes_there)
+    result = plan(
+        output,
+        "--task",
+        "PushCube-v1",
+        "--count",
+        "2",
+        "--first-seed",
+        "1000000",
+        largest_file=bytes_there,
+    )
     assert result.returncode == 1, result.stderr
     assert f"{output.parent} cannot be written, the disk is full" in result.stderr
     assert "run the same command again" in result.stderr

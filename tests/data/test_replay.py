@@ -12,7 +12,15 @@ import pytest
 
 from demo2eval.data.import_demos import Settings as ImportSettings
 from demo2eval.data.import_demos import import_demos
-from demo2eval.data.replay import Settings, check_states, converted, flatten_state, look_steps, observe, replay
+from demo2eval.data.replay import (
+    Settings,
+    check_states,
+    converted,
+    flatten_state,
+    look_steps,
+    observe,
+    replay,
+)
 from demo2eval.data.trajectory import read_demonstrations
 from demo2eval.errors import UserError
 from demo2eval.evaluation.workers import EpisodeSettings, make_simulator, play_episode
@@ -22,7 +30,9 @@ from demo2eval.provenance import read_manifest
 
 def qpos_of(demonstration) -> np.ndarray:
     """Return the joints that were recorded, [T + 1, 9]; pose and velocity of the base, 13 numbers, come before them."""
-    (states,) = [values for name, values in demonstration.states.items() if name.startswith("articulations/")]
+    (states,) = [
+        values for name, values in demonstration.states.items() if name.startswith("articulations/")
+    ]
     return states[:, 13:22]
 
 
@@ -39,7 +49,9 @@ def test_actions_are_bit_for_bit_those_of_the_demonstrations(pushcube_demos, pus
 
 def test_pictures_and_state_are_those_of_the_running_simulator(pushcube_demos, pushcube_replay):
     demonstrations, _ = read_demonstrations(pushcube_demos.parent / "trajectory.h5", "PushCube-v1")
-    environment = make_environment("PushCube-v1", control_mode="pd_joint_pos", cameras=["base_camera"], max_episode_steps=400)
+    environment = make_environment(
+        "PushCube-v1", control_mode="pd_joint_pos", cameras=["base_camera"], max_episode_steps=400
+    )
     environment.reset(seed=demonstrations[0].seed)
     with h5py.File(pushcube_replay.parent / "trajectory.h5") as file:
         group = file["traj_0"]
@@ -51,7 +63,9 @@ def test_pictures_and_state_are_those_of_the_running_simulator(pushcube_demos, p
                 assert recorded.std() > 10
                 np.testing.assert_array_equal(seen["images"]["base_camera"], recorded)
                 np.testing.assert_array_equal(seen["state"]["qpos"], group["obs/agent/qpos"][step])
-                np.testing.assert_allclose(seen["state"]["tcp_pose"], group["obs/extra/tcp_pose"][step], atol=1e-6)
+                np.testing.assert_allclose(
+                    seen["state"]["tcp_pose"], group["obs/extra/tcp_pose"][step], atol=1e-6
+                )
             environment.step(action)
 
 
@@ -64,7 +78,9 @@ def test_looks_cover_every_phase():
 
 def test_the_robot_is_the_tasks_whatever_cameras_are_asked_for(stackcube_demos):
     """StackCube's robot has a camera on its hand and starts with its last joint turned, also where nobody uses that camera."""
-    demonstrations, _ = read_demonstrations(stackcube_demos.parent / "trajectory.h5", "StackCube-v1")
+    demonstrations, _ = read_demonstrations(
+        stackcube_demos.parent / "trajectory.h5", "StackCube-v1"
+    )
     settings = EpisodeSettings(
         task="StackCube-v1",
         control_mode="pd_joint_delta_pos",
@@ -78,7 +94,9 @@ def test_the_robot_is_the_tasks_whatever_cameras_are_asked_for(stackcube_demos):
     for demonstration in demonstrations:
         parts, images = observe(simulator, demonstration, np.array([0, 50]))
         np.testing.assert_array_equal(parts["qpos"], qpos_of(demonstration))
-        assert {camera: frames.shape for camera, frames in images.items()} == {"base_camera": (2, 32, 32, 3)}
+        assert {camera: frames.shape for camera, frames in images.items()} == {
+            "base_camera": (2, 32, 32, 3)
+        }
 
     def ask(look, seen):
         starts.append(seen["state"])
@@ -106,18 +124,33 @@ def test_states_of_other_things_are_a_sentence(pushcube_demos):
     check_states(environment, demonstrations[0], Path("a.h5"))
     states = dict(demonstrations[0].states)
     cube = states.pop("actors/cube")
-    for changed in (states, states | {"actors/cube": cube[:, :7]}, states | {"actors/cube": cube, "actors/cubeA": cube}):
-        with pytest.raises(UserError, match=r"a.h5 traj_0: env_states/actors/cube.* record the demonstrations again"):
-            check_states(environment, dataclasses.replace(demonstrations[0], states=changed), Path("a.h5"))
+    for changed in (
+        states,
+        states | {"actors/cube": cube[:, :7]},
+        states | {"actors/cube": cube, "actors/cubeA": cube},
+    ):
+        with pytest.raises(
+            UserError,
+            match=r"a.h5 traj_0: env_states/actors/cube.* record the demonstrations again",
+        ):
+            check_states(
+                environment, dataclasses.replace(demonstrations[0], states=changed), Path("a.h5")
+            )
 
 
 def test_arm_noise_displaces_looks_alone(stackcube_demos):
-    demonstrations, _ = read_demonstrations(stackcube_demos.parent / "trajectory.h5", "StackCube-v1")
+    demonstrations, _ = read_demonstrations(
+        stackcube_demos.parent / "trajectory.h5", "StackCube-v1"
+    )
     cameras = ["base_camera", "hand_camera"]
-    environment = make_environment("StackCube-v1", control_mode="pd_joint_pos", cameras=cameras, image_size=64)
+    environment = make_environment(
+        "StackCube-v1", control_mode="pd_joint_pos", cameras=cameras, image_size=64
+    )
     # At the start, on the way to the cube, and on the way with it.
     looks = np.array([0, 15, 75])
-    (parts, images), (moved, seen) = (observe(environment, demonstrations[0], looks, noise) for noise in (0.0, 0.03))
+    (parts, images), (moved, seen) = (
+        observe(environment, demonstrations[0], looks, noise) for noise in (0.0, 0.03)
+    )
     others = np.setdiff1d(np.arange(len(parts["qpos"])), looks)
     for part in parts:
         np.testing.assert_array_equal(moved[part][others], parts[part][others])
@@ -133,7 +166,10 @@ def test_a_conversion_does_not_depend_on_the_one_before(stackcube_demos, mode):
     first, second = read_demonstrations(stackcube_demos.parent / "trajectory.h5", "StackCube-v1")[0]
 
     def environments():
-        return [make_environment("StackCube-v1", control_mode=one, max_episode_steps=400) for one in ("pd_joint_pos", mode)]
+        return [
+            make_environment("StackCube-v1", control_mode=one, max_episode_steps=400)
+            for one in ("pd_joint_pos", mode)
+        ]
 
     alone = converted(second, *environments())
     source, target = environments()
@@ -156,7 +192,11 @@ def test_a_conversion_does_not_depend_on_the_one_before(stackcube_demos, mode):
 def converted_shard(pushcube_demos, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("converted") / "shard-000" / "manifest.json"
     settings = Settings(
-        task="PushCube-v1", cameras=["base_camera"], image_stride=60, control_mode="pd_ee_delta_pose", image_size=32
+        task="PushCube-v1",
+        cameras=["base_camera"],
+        image_stride=60,
+        control_mode="pd_ee_delta_pose",
+        image_size=32,
     )
     replay(settings, pushcube_demos, output)
     return output
@@ -167,9 +207,14 @@ def test_another_control_mode_is_converted_and_succeeds(converted_shard):
     assert facts["demonstrations"] + len(facts["lost_in_conversion"]) == 3
     assert facts["demonstrations"] >= 2
     demonstrations, _ = read_demonstrations(converted_shard.parent / "trajectory.h5", "PushCube-v1")
-    assert all(demonstration.actions.shape[1] == 7 and demonstration.success[-1] for demonstration in demonstrations)
+    assert all(
+        demonstration.actions.shape[1] == 7 and demonstration.success[-1]
+        for demonstration in demonstrations
+    )
     # What was written is what happens: the new actions, executed, end in success.
-    environment = make_environment("PushCube-v1", control_mode="pd_ee_delta_pose", max_episode_steps=400)
+    environment = make_environment(
+        "PushCube-v1", control_mode="pd_ee_delta_pose", max_episode_steps=400
+    )
     environment.reset(seed=demonstrations[0].seed)
     for action in demonstrations[0].actions:
         information = environment.step(action)[4]
@@ -202,8 +247,12 @@ def rendered_file(pushcube_demos, tmp_path_factory) -> Path:
         sensor_configs={"width": RENDERED_SIZE, "height": RENDERED_SIZE},
         max_episode_steps=400,
     )
-    environment = RecordEpisode(environment, str(folder), trajectory_name="rendered", save_video=False)
-    for demonstration in read_demonstrations(pushcube_demos.parent / "trajectory.h5", "PushCube-v1")[0][:2]:
+    environment = RecordEpisode(
+        environment, str(folder), trajectory_name="rendered", save_video=False
+    )
+    for demonstration in read_demonstrations(
+        pushcube_demos.parent / "trajectory.h5", "PushCube-v1"
+    )[0][:2]:
         environment.reset(seed=demonstration.seed, options={"reconfigure": True})
         for action in demonstration.actions:
             environment.step(action)
@@ -220,11 +269,18 @@ def imported(rendered_file, tmp_path) -> Path:
 
 
 def rendered_settings(**changes) -> Settings:
-    return Settings(**({"task": "PushCube-v1", "cameras": ["base_camera"], "image_size": RENDERED_SIZE} | changes))
+    return Settings(
+        **(
+            {"task": "PushCube-v1", "cameras": ["base_camera"], "image_size": RENDERED_SIZE}
+            | changes
+        )
+    )
 
 
 @pytest.mark.parametrize("image_stride", [1, 5])
-def test_pictures_that_are_there_are_taken_as_they_are(imported, rendered_file, tmp_path, monkeypatch, image_stride):
+def test_pictures_that_are_there_are_taken_as_they_are(
+    imported, rendered_file, tmp_path, monkeypatch, image_stride
+):
     def refuse(*_, **__):
         raise AssertionError("no simulator is needed")
 
@@ -233,7 +289,10 @@ def test_pictures_that_are_there_are_taken_as_they_are(imported, rendered_file, 
     replay(rendered_settings(image_stride=image_stride), imported, output)
     facts = read_manifest(output)["facts"]
     assert facts["already_rendered"] == facts["demonstrations"] == 2
-    with h5py.File(rendered_file) as recorded, h5py.File(output.parent / "trajectory.h5") as replayed:
+    with (
+        h5py.File(rendered_file) as recorded,
+        h5py.File(output.parent / "trajectory.h5") as replayed,
+    ):
         for index, name in enumerate(recorded):
             before, after = recorded[name], replayed[name]
             looks = look_steps(len(before["actions"]), image_stride, index)
@@ -249,9 +308,14 @@ def test_pictures_of_another_size_are_rendered_and_look_alike(imported, rendered
     output = tmp_path / "shard-000" / "manifest.json"
     replay(rendered_settings(image_size=2 * RENDERED_SIZE, image_stride=60), imported, output)
     assert read_manifest(output)["facts"]["already_rendered"] == 0
-    with h5py.File(rendered_file) as recorded, h5py.File(output.parent / "trajectory.h5") as replayed:
+    with (
+        h5py.File(rendered_file) as recorded,
+        h5py.File(output.parent / "trajectory.h5") as replayed,
+    ):
         new = replayed["traj_0/obs/sensor_data/base_camera"]
-        smaller = new["rgb"][()].reshape(-1, RENDERED_SIZE, 2, RENDERED_SIZE, 2, 3).mean(axis=(2, 4))
+        smaller = (
+            new["rgb"][()].reshape(-1, RENDERED_SIZE, 2, RENDERED_SIZE, 2, 3).mean(axis=(2, 4))
+        )
         old = recorded["traj_0/obs/sensor_data/base_camera/rgb"][()][new["step"][()]]
         # Without anti-aliasing edges differ; the same upside down is another picture.
         assert np.abs(smaller - old).mean() < np.abs(smaller - old[:, ::-1]).mean() / 3
@@ -274,9 +338,25 @@ def test_a_recorded_state_that_is_not_finite_is_a_sentence(imported, tmp_path):
 
 def test_a_full_disk_is_one_sentence_and_nothing_is_finished(imported, tmp_path):
     output = tmp_path / "shard-000" / "manifest.json"
-    words = ["--task", "PushCube-v1", "--cameras", '["base_camera"]', "--image-size", str(RENDERED_SIZE)]
+    words = [
+        "--task",
+        "PushCube-v1",
+        "--cameras",
+        '["base_camera"]',
+        "--image-size",
+        str(RENDERED_SIZE),
+    ]
     result = subprocess.run(
-        [sys.executable, "-m", "demo2eval.data.replay", *words, "--input", str(imported), "--output", str(output)],
+        [
+            sys.executable,
+            "-m",
+            "demo2eval.data.replay",
+            *words,
+            "--input",
+            str(imported),
+            "--output",
+            str(output),
+        ],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,) * 2),
         capture_output=True,
         text=True,

@@ -95,7 +95,11 @@ def test_a_zeroed_block_of_compressed_states(pair):
         ("traj_1/actions", lambda values: values[:, :7], "pd_joint_pos has 8"),
         ("traj_1/actions", lambda values: values.astype(np.float64), "float64"),
         ("traj_1/success", lambda values: np.zeros_like(values), "does not end in success"),
-        ("traj_1/env_states/actors/cube", set_at((3, 0), np.nan), "env_states/actors/cube is not finite at step 3"),
+        (
+            "traj_1/env_states/actors/cube",
+            set_at((3, 0), np.nan),
+            "env_states/actors/cube is not finite at step 3",
+        ),
     ],
 )
 def test_damage_inside_names_the_trajectory(pair, name, change, expected):
@@ -139,7 +143,10 @@ def test_another_robot_in_the_states(pair):
     with h5py.File(pair, "a") as content:
         states = content["traj_1/env_states/articulations"]
         states.move("panda", "panda_wristcam")
-    assert "traj_1: its env_states are of the robot panda_wristcam, but the task is evaluated with panda" in refused(pair)
+    assert (
+        "traj_1: its env_states are of the robot panda_wristcam, but the task is evaluated with panda"
+        in refused(pair)
+    )
     with h5py.File(pair, "a") as content:
         del content["traj_1/env_states/articulations"]
     assert "traj_1: its env_states are of the robot (none)" in refused(pair)
@@ -193,8 +200,21 @@ def test_import_takes_the_first_and_keeps_them_exactly(pair, tmp_path):
 def test_a_damaged_import_ends_with_a_sentence_and_writes_nothing(pair, tmp_path):
     pair.write_bytes(pair.read_bytes()[:20_000])
     output = tmp_path / "out" / "manifest.json"
-    options = ["--task", "PushCube-v1", "--count", "2", "--input", str(pair), "--output", str(output)]
-    result = subprocess.run([sys.executable, "-m", "demo2eval.data.import_demos", *options], capture_output=True, text=True)
+    options = [
+        "--task",
+        "PushCube-v1",
+        "--count",
+        "2",
+        "--input",
+        str(pair),
+        "--output",
+        str(output),
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "demo2eval.data.import_demos", *options],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 1
     assert str(pair) in result.stderr
     assert "Traceback" not in result.stderr
@@ -208,7 +228,9 @@ def test_published_demonstrations_up_to_the_network(pair, tmp_path):
     # The archive as ManiSkill packs it, served from a file.
     with zipfile.ZipFile(tmp_path / "served.zip", "w") as archive:
         for suffix in (".h5", ".json"):
-            archive.write(pair.with_suffix(suffix), f"demos/PushCube-v1/motionplanning/trajectory{suffix}")
+            archive.write(
+                pair.with_suffix(suffix), f"demos/PushCube-v1/motionplanning/trajectory{suffix}"
+            )
         archive.writestr("demos/PushCube-v1/teleop/other.h5", b"")
     download((tmp_path / "served.zip").as_uri(), tmp_path / "archive.zip")
     found = unpack(tmp_path / "archive.zip", tmp_path / "unpacked")

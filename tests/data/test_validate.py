@@ -27,7 +27,12 @@ CAMERA = "obs/sensor_data/base_camera"
 
 
 def settings(**changes) -> dataset.Settings:
-    defaults = {"prompt": "push", "cameras": ["base_camera"], "state": ["qpos", "tcp_pose"], "image_storage": "png"}
+    defaults = {
+        "prompt": "push",
+        "cameras": ["base_camera"],
+        "state": ["qpos", "tcp_pose"],
+        "image_storage": "png",
+    }
     return dataset.Settings(**(defaults | changes))
 
 
@@ -91,7 +96,9 @@ def zeroed(name: str):
         with h5py.File(path, "r+") as file:
             values = file[f"traj_1/{name}"][()]
             del file[f"traj_1/{name}"]
-            file.create_dataset(f"traj_1/{name}", data=values, chunks=(1, *values.shape[1:]), compression="gzip")
+            file.create_dataset(
+                f"traj_1/{name}", data=values, chunks=(1, *values.shape[1:]), compression="gzip"
+            )
             file.flush()
             place = file[f"traj_1/{name}"].id.get_chunk_info(1)
         with open(path, "r+b") as raw:
@@ -116,7 +123,11 @@ def described(change):
 
 def entry(**changes):
     """Change traj_1's entry in the .json."""
-    return described(lambda content: [one.update(changes) for one in content["episodes"] if one["episode_id"] == 1])
+    return described(
+        lambda content: [
+            one.update(changes) for one in content["episodes"] if one["episode_id"] == 1
+        ]
+    )
 
 
 def unlisted(content):
@@ -188,9 +199,18 @@ CASES = {
     "cannot be opened": ("", cut),
     "cannot be read": ("traj_1", zeroed("actions")),
     "is not what": ("", put("actions", (5, 2), 0.1)),
-    "holds demonstrations of <task>, not": ("", described(lambda content: content["env_info"].update(env_id="PullCube-v1"))),
-    "holds demonstrations of <task>, which": ("", described(lambda content: content["env_info"].update(env_id="PokeCube-v1"))),
-    "says that": ("", described(lambda content: content["env_info"]["env_kwargs"].update(robot_uids="fetch"))),
+    "holds demonstrations of <task>, not": (
+        "",
+        described(lambda content: content["env_info"].update(env_id="PullCube-v1")),
+    ),
+    "holds demonstrations of <task>, which": (
+        "",
+        described(lambda content: content["env_info"].update(env_id="PokeCube-v1")),
+    ),
+    "says that": (
+        "",
+        described(lambda content: content["env_info"]["env_kwargs"].update(robot_uids="fetch")),
+    ),
     "its env_states are of the robot": ("traj_1", within(other_robot)),
     "holds no demonstration": ("", emptied),
     "is listed in the .json but": ("traj_1", within(lambda file: file.__delitem__("traj_1"))),
@@ -200,7 +220,10 @@ CASES = {
     "lacks": ("traj_1", remove("success")),
     "repeats": ("traj_1", repeated),
     "its control mode is": ("traj_1", entry(control_mode="pd_joint_vel")),
-    "its actions are <type>": ("traj_1", array("actions", lambda values: values.astype(np.float64))),
+    "its actions are <type>": (
+        "traj_1",
+        array("actions", lambda values: values.astype(np.float64)),
+    ),
     "it has <n> actions": ("traj_1", array("actions", lambda values: values[:1])),
     "its actions have": ("traj_1", array("actions", lambda values: values[:, :7])),
     "its actions reach": ("traj_1", entry(control_mode="pd_joint_delta_pos")),
@@ -223,15 +246,27 @@ CASES = {
     "obs/<part> has": ("traj_1", array("obs/agent/qpos", lambda values: values[:-1])),
     "obs/<part> is not finite": ("traj_1", put("obs/agent/qpos", (5, 2), np.nan)),
     "has no <arrays>": ("traj_1", remove(f"{CAMERA}/step")),
-    "its pictures of <camera> are": ("traj_1", array(f"{CAMERA}/rgb", lambda values: values.astype(np.float32))),
+    "its pictures of <camera> are": (
+        "traj_1",
+        array(f"{CAMERA}/rgb", lambda values: values.astype(np.float32)),
+    ),
     "it has <n> pictures": ("traj_1", array(f"{CAMERA}/rgb", lambda values: values[:-3])),
-    "the rendered steps of <camera> do not": ("traj_1", array(f"{CAMERA}/step", lambda values: values[::-1])),
+    "the rendered steps of <camera> do not": (
+        "traj_1",
+        array(f"{CAMERA}/step", lambda values: values[::-1]),
+    ),
     "the rendered steps of <camera> reach": ("traj_1", put(f"{CAMERA}/step", -1, 400)),
     "<camera> was rendered": ("traj_1", within(second_camera)),
     "its pictures of <camera> cannot": ("traj_1", zeroed(f"{CAMERA}/rgb")),
     "<n> of its": ("traj_1", array(f"{CAMERA}/rgb", black)),
-    "all <n> pictures": ("traj_1", array(f"{CAMERA}/rgb", lambda values: np.repeat(values[:1], len(values), axis=0))),
-    "has <value>": ("traj_2", array(f"{CAMERA}/rgb", lambda values: values[:, ::2, ::2], shard=1, trajectory="traj_2")),
+    "all <n> pictures": (
+        "traj_1",
+        array(f"{CAMERA}/rgb", lambda values: np.repeat(values[:1], len(values), axis=0)),
+    ),
+    "has <value>": (
+        "traj_2",
+        array(f"{CAMERA}/rgb", lambda values: values[:, ::2, ::2], shard=1, trajectory="traj_2"),
+    ),
 }
 
 
@@ -241,7 +276,11 @@ NOT_OF_A_DATASET = ("holds demonstrations of <task>, not", "<camera> was rendere
 
 def page_messages() -> list[str]:
     """Return the messages of the page's tables."""
-    rows = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ") and "`" in line]
+    rows = [
+        line.split(" | ")
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| ") and "`" in line
+    ]
     return [row[1].strip("`") for row in rows]
 
 
@@ -260,7 +299,12 @@ def code_messages() -> set[str]:
                 values = [node.value]
             for value in values:
                 if isinstance(value, ast.JoinedStr):
-                    found.add("".join(part.value if isinstance(part, ast.Constant) else "<>" for part in value.values))
+                    found.add(
+                        "".join(
+                            part.value if isinstance(part, ast.Constant) else "<>"
+                            for part in value.values
+                        )
+                    )
                 elif isinstance(value, ast.Constant):
                     found.add(value.value)
     return found
@@ -273,13 +317,17 @@ def test_the_page_tells_what_the_code_says():
 
 def test_good_shards_pass(shards):
     assert check_demos.check_demos(shards) == ([], 2, 3)
-    assert not any(recording.findings for recording in dataset.inspect(shards, settings(on_invalid="skip")))
+    assert not any(
+        recording.findings for recording in dataset.inspect(shards, settings(on_invalid="skip"))
+    )
 
 
 @pytest.mark.parametrize("message", page_messages())
 def test_each_row_of_the_page(shards, tmp_path, message):
     ((trajectory, spoil),) = [case for start, case in CASES.items() if message.startswith(start)]
-    expected = re.compile(".+".join(re.escape(part) for part in re.split("<[^>]*>", message)), re.DOTALL)
+    expected = re.compile(
+        ".+".join(re.escape(part) for part in re.split("<[^>]*>", message)), re.DOTALL
+    )
     spoil(shards)
     if not message.startswith(NOT_OF_A_DATASET):
         with pytest.raises(UserError, match=expected):
@@ -287,11 +335,17 @@ def test_each_row_of_the_page(shards, tmp_path, message):
         assert not (tmp_path / "manifest.json").exists()
         assert not (tmp_path / "lerobot").exists()
     recordings = dataset.inspect(shards, settings(on_invalid="skip"))
-    recordings += demonstrations.examine([shard.with_name("trajectory.h5") for shard in shards], "PushCube-v1")
-    findings = [finding for recording in recordings for finding in recording.findings] + check_demos.check_demos(shards)[0]
+    recordings += demonstrations.examine(
+        [shard.with_name("trajectory.h5") for shard in shards], "PushCube-v1"
+    )
+    findings = [
+        finding for recording in recordings for finding in recording.findings
+    ] + check_demos.check_demos(shards)[0]
     if message != "holds no demonstration":
         found = [finding for finding in findings if expected.fullmatch(finding.reason)]
-        assert {finding.trajectory for finding in found} == {trajectory}, [str(finding) for finding in findings]
+        assert {finding.trajectory for finding in found} == {trajectory}, [
+            str(finding) for finding in findings
+        ]
     # Nobody else is accused; that the file was changed is found as well.
     assert {finding.trajectory for finding in findings} <= {trajectory, ""}
 
@@ -300,7 +354,8 @@ def test_all_findings_of_all_shards_are_one_list(shards, tmp_path):
     put("actions", (5, 2), np.nan)(shards)
     array(f"{CAMERA}/rgb", black, shard=1, trajectory="traj_2")(shards)
     with pytest.raises(
-        UserError, match=r"traj_1: its actions are not finite at step 5; .*shard-001.* traj_2: 1 of its \d+ pictures"
+        UserError,
+        match=r"traj_1: its actions are not finite at step 5; .*shard-001.* traj_2: 1 of its \d+ pictures",
     ):
         make(tmp_path, shards)
 
@@ -312,7 +367,10 @@ def test_a_hand_before_the_camera_is_no_fault():
     assert list(replayed.picture_faults(pictures, "base_camera")) == []
     pictures[8] = 139
     (fault,) = replayed.picture_faults(pictures, "base_camera")
-    assert fault == "6 of its 10 pictures of base_camera show nothing: number 3 has the one colour [140, 140, 140]"
+    assert (
+        fault
+        == "6 of its 10 pictures of base_camera show nothing: number 3 has the one colour [140, 140, 140]"
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -321,7 +379,9 @@ def test_bad_pictures_of_all_shards_are_one_list(shards, tmp_path, workers):
     for shard, trajectory in enumerate(["traj_0", "traj_2"]):
         array(f"{CAMERA}/rgb", black, shard, trajectory)(shards)
     array(f"{CAMERA}/rgb", lambda values: np.repeat(values[:1], len(values), axis=0))(shards)
-    with pytest.raises(UserError, match=r"traj_0: 1 of its .*; .* traj_1: all .*; .*shard-001.* traj_2: 1 of its"):
+    with pytest.raises(
+        UserError, match=r"traj_0: 1 of its .*; .* traj_1: all .*; .*shard-001.* traj_2: 1 of its"
+    ):
         make(tmp_path, shards, workers=workers)
     assert not (tmp_path / "lerobot").exists()
 
@@ -335,7 +395,9 @@ def test_skipping_makes_the_dataset_of_the_others(shards, pushcube_shards, tmp_p
     described(unlisted)(shards)
     without = make(tmp_path / "without", shards, image_storage=storage)
     assert read_manifest(tmp_path / "skipped" / "manifest.json")["digest"] == without["digest"]
-    ((file, trajectory, reason),) = [(one["file"], one["trajectory"], one["reason"]) for one in skipped["skipped"]]
+    ((file, trajectory, reason),) = [
+        (one["file"], one["trajectory"], one["reason"]) for one in skipped["skipped"]
+    ]
     assert (file, trajectory) == (str(shards[0].with_name("trajectory.h5")), "traj_1")
     assert reason.startswith("1 of its")
     assert without["facts"]["skipped"] == []
@@ -365,14 +427,21 @@ def test_a_demonstration_repeated_in_another_shard(shards, tmp_path):
     entries = [json.loads(shard.with_name("trajectory.json").read_text()) for shard in shards]
     entries[1]["episodes"].append(entries[0]["episodes"][0] | {"episode_id": 3})
     shards[1].with_name("trajectory.json").write_text(json.dumps(entries[1]))
-    with pytest.raises(UserError, match=r"shard-001/trajectory.h5 traj_3: repeats .*shard-000/trajectory.h5 traj_0"):
+    with pytest.raises(
+        UserError, match=r"shard-001/trajectory.h5 traj_3: repeats .*shard-000/trajectory.h5 traj_0"
+    ):
         make(tmp_path / "refused", shards)
     facts = make(tmp_path / "skipped", shards, on_invalid="skip")["facts"]
     assert (facts["episodes"], [one["trajectory"] for one in facts["skipped"]]) == (3, ["traj_3"])
 
 
 @pytest.mark.parametrize(
-    "spoil", [cut, file_with(b"{"), described(lambda content: content["env_info"].update(env_id="PokeCube-v1"))]
+    "spoil",
+    [
+        cut,
+        file_with(b"{"),
+        described(lambda content: content["env_info"].update(env_id="PokeCube-v1")),
+    ],
 )
 def test_a_bad_file_is_never_skipped(shards, tmp_path, spoil):
     spoil(shards)
@@ -385,15 +454,30 @@ def test_importing_skips_what_is_bad(pushcube_demos, tmp_path):
         shutil.copy(pushcube_demos.with_name(name), tmp_path)
     put("actions", (5, 2), np.nan)([tmp_path / "manifest.json"])
     output = tmp_path / "shard-000" / "manifest.json"
-    with pytest.raises(UserError, match=r"not finite.*or leave these trajectories out with demos.on_invalid: skip"):
-        import_demos(ImportSettings(task="PushCube-v1", count=2), tmp_path / "trajectory.h5", output)
+    with pytest.raises(
+        UserError, match=r"not finite.*or leave these trajectories out with demos.on_invalid: skip"
+    ):
+        import_demos(
+            ImportSettings(task="PushCube-v1", count=2), tmp_path / "trajectory.h5", output
+        )
     assert not output.exists()
-    import_demos(ImportSettings(task="PushCube-v1", count=2, on_invalid="skip"), tmp_path / "trajectory.h5", output)
+    import_demos(
+        ImportSettings(task="PushCube-v1", count=2, on_invalid="skip"),
+        tmp_path / "trajectory.h5",
+        output,
+    )
     facts, seeds = read_manifest(output)["facts"], read_manifest(pushcube_demos)["facts"]["seeds"]
     assert facts["seeds"] == [seeds[0], seeds[2]]
     reason = "its actions are not finite at step 5"
-    assert facts["skipped"] == [{"file": str(tmp_path / "trajectory.h5"), "trajectory": "traj_1", "reason": reason}]
-    assert [one.name for one in demonstrations.read_demonstrations(output.with_name("trajectory.h5"), "PushCube-v1")[0]] == [
+    assert facts["skipped"] == [
+        {"file": str(tmp_path / "trajectory.h5"), "trajectory": "traj_1", "reason": reason}
+    ]
+    assert [
+        one.name
+        for one in demonstrations.read_demonstrations(
+            output.with_name("trajectory.h5"), "PushCube-v1"
+        )[0]
+    ] == [
         "traj_0",
         "traj_2",
     ]
@@ -405,7 +489,13 @@ def test_replaying_skips_what_is_bad(pushcube_demos, tmp_path):
     shutil.copytree(pushcube_demos.parent, tmp_path / "demos")
     put("actions", (5, 2), np.nan)([tmp_path / "demos" / "manifest.json"])
     output = tmp_path / "shard-000" / "manifest.json"
-    settings = Settings(task="PushCube-v1", cameras=["base_camera"], image_size=32, image_stride=60, on_invalid="skip")
+    settings = Settings(
+        task="PushCube-v1",
+        cameras=["base_camera"],
+        image_size=32,
+        image_stride=60,
+        on_invalid="skip",
+    )
     replay(settings, tmp_path / "demos" / "manifest.json", output)
     facts, seeds = read_manifest(output)["facts"], read_manifest(pushcube_demos)["facts"]["seeds"]
     assert (facts["demonstrations"], facts["seeds"]) == (2, [seeds[0], seeds[2]])
@@ -416,7 +506,9 @@ def test_replaying_skips_what_is_bad(pushcube_demos, tmp_path):
 def test_nothing_left_is_refused(pushcube_demos, tmp_path):
     for name in ("trajectory.h5", "trajectory.json"):
         shutil.copy(pushcube_demos.with_name(name), tmp_path)
-    described(lambda content: [one.update(success=False) for one in content["episodes"]])([tmp_path / "manifest.json"])
+    described(lambda content: [one.update(success=False) for one in content["episodes"]])(
+        [tmp_path / "manifest.json"]
+    )
     with pytest.raises(UserError, match=r"traj_0: the .json says .* traj_2: the .json says"):
         demonstrations.sound_demonstrations(tmp_path / "trajectory.h5", "PushCube-v1", "skip")
 
@@ -434,10 +526,14 @@ def test_every_zeroed_block_is_found(pushcube_demos, tmp_path):
 
 def test_the_joint_limits_are_the_robots():
     for robot in ("panda_v2.urdf", "panda_v3.urdf"):
-        tree = xml.etree.ElementTree.parse(Path(mani_skill.__file__).parent / "assets/robots/panda" / robot)
+        tree = xml.etree.ElementTree.parse(
+            Path(mani_skill.__file__).parent / "assets/robots/panda" / robot
+        )
         joints = {joint.get("name"): joint.find("limit") for joint in tree.getroot().iter("joint")}
         limits = [joints[f"panda_joint{number}"] for number in range(1, 8)]
-        assert [[float(one.get(end)) for one in limits] for end in ("lower", "upper")] == demonstrations.JOINT_LIMITS.tolist()
+        assert [
+            [float(one.get(end)) for one in limits] for end in ("lower", "upper")
+        ] == demonstrations.JOINT_LIMITS.tolist()
 
 
 def test_the_command_lists_everything_and_writes_nothing(shards):
@@ -448,9 +544,14 @@ def test_the_command_lists_everything_and_writes_nothing(shards):
     command = [sys.executable, "-m", "demo2eval.data.validate"]
     result = subprocess.run([*command, *files], capture_output=True, text=True)
     first, second = result.stdout.splitlines()
-    assert first == f"{files[0]} traj_1: its actions are all zero at step 10: a block of the file was lost"
+    assert (
+        first
+        == f"{files[0]} traj_1: its actions are all zero at step 10: a block of the file was lost"
+    )
     assert second.startswith(f"{files[1]} traj_2: 1 of its")
     assert result.returncode == 1
     assert sorted(shards[0].parent.parent.rglob("*")) == before
-    result = subprocess.run([*command, str(shards[0].parent / "missing.h5")], capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, str(shards[0].parent / "missing.h5")], capture_output=True, text=True
+    )
     assert (result.returncode, result.stdout.count("does not exist")) == (1, 1)

@@ -26,10 +26,21 @@ def run(pushcube_replay, tmp_path_factory) -> Path:
     """A folder with a training cache, norm stats and two checkpoints of untrained policies."""
     folder = tmp_path_factory.mktemp("policy")
     data, stats = folder / "dataset/manifest.json", folder / "norm_stats/manifest.json"
-    dataset.dataset(dataset.Settings(prompt=PROMPT, cameras=["base_camera"], state=["qpos"]), [pushcube_replay], data)
+    dataset.dataset(
+        dataset.Settings(prompt=PROMPT, cameras=["base_camera"], state=["qpos"]),
+        [pushcube_replay],
+        data,
+    )
     # Twice the model's size, so that resizing is part of the comparison.
-    training_cache.training_cache(training_cache.Settings(image_size=128), data, folder / "cache/manifest.json")
-    chunk = {"action_horizon": HORIZON, "delta_action_mask": MASK, "per_timestep_action_stats": True, "min_scale": 0.02}
+    training_cache.training_cache(
+        training_cache.Settings(image_size=128), data, folder / "cache/manifest.json"
+    )
+    chunk = {
+        "action_horizon": HORIZON,
+        "delta_action_mask": MASK,
+        "per_timestep_action_stats": True,
+        "min_scale": 0.02,
+    }
     norm_stats.norm_stats(norm_stats.Settings(**chunk), data, stats)
     for name, discrete in (("state_token", False), ("state_in_prompt", True)):
         settings = init_checkpoint.Settings(
@@ -55,9 +66,15 @@ def run(pushcube_replay, tmp_path_factory) -> Path:
 def observations(run) -> list[dict]:
     """What a simulator would report at the looks of the first training batch."""
     looks = looks_of(0, SAMPLES, 0, len(np.load(run / "cache/look_row.npy")))
-    pictures, rows = np.load(run / "cache/images_base_camera.npy"), np.load(run / "cache/look_row.npy")[looks]
+    pictures, rows = (
+        np.load(run / "cache/images_base_camera.npy"),
+        np.load(run / "cache/look_row.npy")[looks],
+    )
     states = np.load(run / "cache/state.npy")[rows]
-    return [{"images": {"base_camera": picture}, "state": state} for picture, state in zip(pictures[looks], states, strict=True)]
+    return [
+        {"images": {"base_camera": picture}, "state": state}
+        for picture, state in zip(pictures[looks], states, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +96,16 @@ def test_the_model_sees_what_it_saw_in_training(run, observations, name):
     mask = seen.tokenized_prompt_mask
     assert (mask is None) == (name == "state_token")
     np.testing.assert_array_equal(
-        np.ones_like(batch["tokenized_prompt_mask"]) if mask is None else mask, batch["tokenized_prompt_mask"]
+        np.ones_like(batch["tokenized_prompt_mask"]) if mask is None else mask,
+        batch["tokenized_prompt_mask"],
     )
 
 
 def test_perfect_answers_are_the_demonstrations_actions(run, observations, policy):
     batch = TrainingData.for_policy(run / "cache", run / "state_token/0").batch(0, SAMPLES, 0)
-    rows = np.load(run / "cache/look_row.npy")[looks_of(0, SAMPLES, 0, len(np.load(run / "cache/look_row.npy")))]
+    rows = np.load(run / "cache/look_row.npy")[
+        looks_of(0, SAMPLES, 0, len(np.load(run / "cache/look_row.npy")))
+    ]
     chunks = chunk_rows(rows, last_rows(np.load(run / "cache/episode.npy")), HORIZON)
     actions = policy.actions(batch["actions"], np.stack([item["state"] for item in observations]))
     assert actions.shape == (SAMPLES, HORIZON, 8)
@@ -98,7 +118,9 @@ def test_an_answer_does_not_depend_on_who_else_asks(observations, policy):
     noise = [policy.noise(0, seed, 0) for seed in range(SAMPLES)]
     together = policy.act(observations, noise)
     for index in range(SAMPLES):
-        np.testing.assert_array_equal(policy.act([observations[index]], [noise[index]])[0], together[index])
+        np.testing.assert_array_equal(
+            policy.act([observations[index]], [noise[index]])[0], together[index]
+        )
     assert np.abs(together[0] - policy.act([observations[0]], [noise[1]])[0]).max() > 1e-3
 
 
@@ -111,7 +133,9 @@ def test_noise_follows_from_the_three_numbers(policy):
 
 def test_a_diverged_policy_is_a_sentence(run, observations, policy, tmp_path):
     shutil.copytree(run / "state_token/0/assets", tmp_path / "assets")
-    diverged = jax.tree.map(lambda array: np.full_like(array, np.nan), load_params(run / "state_token/0/params"))
+    diverged = jax.tree.map(
+        lambda array: np.full_like(array, np.nan), load_params(run / "state_token/0/params")
+    )
     save_params(tmp_path / "params", diverged)
     with pytest.raises(UserError, match="not finite"):
         Policy(tmp_path, num_steps=3).act(observations[:1], [policy.noise(0, 0, 0)])

@@ -12,8 +12,22 @@ import pytest
 from demo2eval.checkpoints.policy_metadata import read_description
 from demo2eval.data.trajectory import read_demonstrations
 from demo2eval.errors import UserError
-from demo2eval.evaluation.rollout import Answerer, Settings, episode_settings, read_finished, rollout, row_of, write_episodes
-from demo2eval.evaluation.workers import FILM_SIZE, EpisodeSettings, make_simulator, play, play_episode
+from demo2eval.evaluation.rollout import (
+    Answerer,
+    Settings,
+    episode_settings,
+    read_finished,
+    rollout,
+    row_of,
+    write_episodes,
+)
+from demo2eval.evaluation.workers import (
+    FILM_SIZE,
+    EpisodeSettings,
+    make_simulator,
+    play,
+    play_episode,
+)
 from demo2eval.pi0.normalize import NormStats, save_norm_stats
 from demo2eval.provenance import making, read_manifest, sha256_file
 from demo2eval.training.init_checkpoint import Settings as InitSettings
@@ -28,7 +42,13 @@ SIMULATOR = EpisodeSettings(
     max_episode_steps=84,
     replan_steps=20,
 )
-STAGE = {"task": "PushCube-v1", "episodes": 4, "max_episode_steps": 12, "replan_steps": 6, "num_steps": 2}
+STAGE = {
+    "task": "PushCube-v1",
+    "episodes": 4,
+    "max_episode_steps": 12,
+    "replan_steps": 6,
+    "num_steps": 2,
+}
 
 
 class PlaysBack:
@@ -38,7 +58,9 @@ class PlaysBack:
     """
 
     def __init__(self, demonstrations):
-        self.actions = {demonstration.seed: demonstration.actions for demonstration in demonstrations}
+        self.actions = {
+            demonstration.seed: demonstration.actions for demonstration in demonstrations
+        }
         self.seen = {}
 
     def prepare(self):
@@ -62,7 +84,12 @@ def play_back(simulator, demonstrations):
     """Play episodes one after the other in this process; return the results by seed, and all that the policy saw."""
     policy, results = PlaysBack(demonstrations), {}
     for seed in policy.actions:
-        results[seed] = play_episode(simulator, SIMULATOR, seed, lambda look, seen, seed=seed: policy.answer(seed, look, seen))
+        results[seed] = play_episode(
+            simulator,
+            SIMULATOR,
+            seed,
+            lambda look, seen, seed=seed: policy.answer(seed, look, seen),
+        )
     return results, policy.seen
 
 
@@ -95,18 +122,25 @@ def test_an_episode_does_not_depend_on_what_was_played_before(played, simulator,
     assert seen_again.keys() == seen.keys()
     for key, observation in seen.items():
         np.testing.assert_array_equal(seen_again[key]["state"], observation["state"])
-        np.testing.assert_array_equal(seen_again[key]["images"]["base_camera"], observation["images"]["base_camera"])
+        np.testing.assert_array_equal(
+            seen_again[key]["images"]["base_camera"], observation["images"]["base_camera"]
+        )
 
 
 def test_a_film_is_of_the_same_episode(played, simulator, demonstrations):
     seed, (results, seen) = demonstrations[0].seed, played
     policy = PlaysBack(demonstrations)
     filmed = play_episode(
-        simulator, dataclasses.replace(SIMULATOR, film=True), seed, lambda look, seen: policy.answer(seed, look, seen)
+        simulator,
+        dataclasses.replace(SIMULATOR, film=True),
+        seed,
+        lambda look, seen: policy.answer(seed, look, seen),
     )
     assert dataclasses.replace(filmed, film=None, successes=None) == results[seed]
     for key, observation in policy.seen.items():
-        np.testing.assert_array_equal(observation["images"]["base_camera"], seen[key]["images"]["base_camera"])
+        np.testing.assert_array_equal(
+            observation["images"]["base_camera"], seen[key]["images"]["base_camera"]
+        )
     assert filmed.film.shape == (85, FILM_SIZE, FILM_SIZE, 3)
     assert np.abs(filmed.film[0].astype(float) - filmed.film[-1]).max() > 100
     assert np.argmax(filmed.successes) == filmed.first_success_step
@@ -115,7 +149,9 @@ def test_a_film_is_of_the_same_episode(played, simulator, demonstrations):
 
 def test_a_process_that_cannot_start_says_why(demonstrations):
     settings = dataclasses.replace(SIMULATOR, control_mode="pd_nothing")
-    with pytest.raises(RuntimeError, match=r"(?s)simulator process 0 failed while it started.*pd_nothing"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)simulator process 0 failed while it started.*pd_nothing"
+    ):
         list(play(settings, [0], 1, PlaysBack(demonstrations)))
     assert not multiprocessing.active_children()
 
@@ -125,14 +161,22 @@ def run(tmp_path_factory) -> Path:
     """A folder with the manifests of a dataset and of checkpoint 0, whose policy moves the arm a little."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "dataset.txt").write_text("stands for a dataset")
-    with making(folder / "dataset.json", stage="dataset", module="demo2eval.data.dataset", settings={}) as work:
+    with making(
+        folder / "dataset.json", stage="dataset", module="demo2eval.data.dataset", settings={}
+    ) as work:
         work.finish([folder / "dataset.txt"], seeds=[1000, 1001])
     inputs = {"dataset": folder / "dataset.json"}
     with making(
-        folder / "norm_stats.json", stage="norm_stats", module="demo2eval.data.norm_stats", settings={}, inputs=inputs
+        folder / "norm_stats.json",
+        stage="norm_stats",
+        module="demo2eval.data.norm_stats",
+        settings={},
+        inputs=inputs,
     ) as work:
         stats = {
-            name: NormStats(np.zeros(width), np.ones(width), np.full(width, -0.1), np.full(width, 0.1))
+            name: NormStats(
+                np.zeros(width), np.ones(width), np.full(width, -0.1), np.full(width, 0.1)
+            )
             for name, width in (("state", 9), ("actions", 8))
         }
         (folder / "norm_stats").mkdir()
@@ -143,7 +187,11 @@ def run(tmp_path_factory) -> Path:
         task="PushCube-v1",
         prompt="push the cube",
         variant="pi05_tiny",
-        model_overrides={"action_horizon": 8, "discrete_state_input": False, "continuous_state_token": True},
+        model_overrides={
+            "action_horizon": 8,
+            "discrete_state_input": False,
+            "continuous_state_token": True,
+        },
         cameras={"base_0_rgb": "base_camera"},
         image_size=64,
         state=["qpos"],
@@ -156,18 +204,31 @@ def run(tmp_path_factory) -> Path:
 
 def evaluate(run: Path, output: str, workers: int, **changes) -> Path:
     settings = Settings(**STAGE | changes)
-    rollout(settings, run / "checkpoints/0.json", run / "dataset.json", run / output / "0.json", workers=workers)
+    rollout(
+        settings,
+        run / "checkpoints/0.json",
+        run / "dataset.json",
+        run / output / "0.json",
+        workers=workers,
+    )
     return run / output / "0/episodes.csv"
 
 
 def undisturbed(run: Path, simulator, folder: Path) -> bytes:
     """Play the same episodes one after the other in this process, whose simulator has played others before; return the table."""
     settings, payload = Settings(**STAGE), run / "checkpoints/0"
-    simulators, answerer = episode_settings(settings, read_description(payload)), Answerer(payload, settings)
+    simulators, answerer = (
+        episode_settings(settings, read_description(payload)),
+        Answerer(payload, settings),
+    )
     answerer.prepare()
 
     def played(seed: int) -> dict:
-        return row_of(play_episode(simulator, simulators, seed, lambda look, seen: answerer([(seed, look, seen)])[0]))
+        return row_of(
+            play_episode(
+                simulator, simulators, seed, lambda look, seen: answerer([(seed, look, seen)])[0]
+            )
+        )
 
     write_episodes(folder / "episodes.csv", [played(seed) for seed in settings.seeds])
     return (folder / "episodes.csv").read_bytes()
@@ -175,14 +236,18 @@ def undisturbed(run: Path, simulator, folder: Path) -> bytes:
 
 def test_kill_and_go_on_gives_the_undisturbed_table(run, simulator, tmp_path):
     def kill_after_the_first_episode() -> None:
-        while not (partial := list((run / "killed").glob(".0.partial-*/episodes.csv"))) or not read_finished(partial[0]):
+        while not (
+            partial := list((run / "killed").glob(".0.partial-*/episodes.csv"))
+        ) or not read_finished(partial[0]):
             time.sleep(0.02)
         for process in multiprocessing.active_children():
             process.kill()
 
     killer = threading.Thread(target=kill_after_the_first_episode, daemon=True)
     killer.start()
-    with pytest.raises(UserError, match=r"simulator process 0 died with status -9 while it played seed [123]"):
+    with pytest.raises(
+        UserError, match=r"simulator process 0 died with status -9 while it played seed [123]"
+    ):
         evaluate(run, "killed", workers=1)
     killer.join()
     assert not multiprocessing.active_children()
@@ -220,7 +285,11 @@ def test_bad_settings_are_sentences(run, changes, sentence):
 
 def test_another_dataset_does_not_prove_that_seeds_are_new(run):
     (run / "other.txt").write_text("stands for another dataset")
-    with making(run / "other.json", stage="dataset", module="demo2eval.data.dataset", settings={}) as work:
+    with making(
+        run / "other.json", stage="dataset", module="demo2eval.data.dataset", settings={}
+    ) as work:
         work.finish([run / "other.txt"], seeds=[])
     with pytest.raises(UserError, match="was not trained on"):
-        rollout(Settings(**STAGE), run / "checkpoints/0.json", run / "other.json", run / "bad/0.json")
+        rollout(
+            Settings(**STAGE), run / "checkpoints/0.json", run / "other.json", run / "bad/0.json"
+        )

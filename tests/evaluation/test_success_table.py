@@ -15,16 +15,26 @@ SETTINGS = {"task": "PushCube-v1", "episodes": 4, "max_episode_steps": 50}
 def rollouts(folder: Path, step: int, episodes: list[tuple[int, int, str]], **changes) -> Path:
     """Write rollouts of a checkpoint: (success_once, success_at_end, first_success_step) of each episode."""
     output = folder / "rollouts" / f"{step}.json"
-    with making(output, stage="rollout", module="demo2eval.evaluation.rollout", settings=SETTINGS | changes) as work:
+    with making(
+        output, stage="rollout", module="demo2eval.evaluation.rollout", settings=SETTINGS | changes
+    ) as work:
         table = output.with_suffix("") / "episodes.csv"
         table.parent.mkdir()
-        stages = ["place" if once else "nothing" if seed % 2 else "reach" for seed, (once, _, _) in enumerate(episodes)]
+        stages = [
+            "place" if once else "nothing" if seed % 2 else "reach"
+            for seed, (once, _, _) in enumerate(episodes)
+        ]
         rows = [
             f"{seed},{once},{end},{first},50,7,{stages[seed]},{10 * seed + 5}.5\n"
             for seed, (once, end, first) in enumerate(episodes)
         ]
-        table.write_text("seed,success_once,success_at_end,first_success_step,steps,looks,stage,nearest_mm\n" + "".join(rows))
-        work.finish([table], step=step, checkpoint=f"checkpoint-{step}", dataset="dataset-of-the-run")
+        table.write_text(
+            "seed,success_once,success_at_end,first_success_step,steps,looks,stage,nearest_mm\n"
+            + "".join(rows)
+        )
+        work.finish(
+            [table], step=step, checkpoint=f"checkpoint-{step}", dataset="dataset-of-the-run"
+        )
     return output
 
 
@@ -69,10 +79,18 @@ def test_one_row_a_checkpoint_in_order_of_steps(three_checkpoints, tmp_path):
     assert [row["success_at_end"] for row in rows] == [0, 0.25, 0.75]
     # Actions until success, or all 50: (20 + 50 + 30 + 50) / 4.
     assert [row["mean_episode_length"] for row in rows] == [50, 37.5, 22.5]
-    assert [row["checkpoint"] for row in rows] == ["checkpoint-0", "checkpoint-500", "checkpoint-1000"]
+    assert [row["checkpoint"] for row in rows] == [
+        "checkpoint-0",
+        "checkpoint-500",
+        "checkpoint-1000",
+    ]
     assert (rows[1]["ci_low"], rows[1]["ci_high"]) == pytest.approx(wilson_interval(2, 4), abs=1e-4)
-    assert (rows[1]["at_end_ci_low"], rows[1]["at_end_ci_high"]) == pytest.approx(wilson_interval(1, 4), abs=1e-4)
-    assert {(row["run"], row["episodes"], row["dataset"]) for row in rows} == {("run_one", 4, "dataset-of-the-r")}
+    assert (rows[1]["at_end_ci_low"], rows[1]["at_end_ci_high"]) == pytest.approx(
+        wilson_interval(1, 4), abs=1e-4
+    )
+    assert {(row["run"], row["episodes"], row["dataset"]) for row in rows} == {
+        ("run_one", 4, "dataset-of-the-r")
+    }
 
 
 def test_the_curve_is_a_picture_and_the_same_each_time(three_checkpoints, tmp_path):
@@ -80,7 +98,9 @@ def test_the_curve_is_a_picture_and_the_same_each_time(three_checkpoints, tmp_pa
 
     pictures = [tmp_path / name for name in ("one.png", "two.png")]
     for picture in pictures:
-        success_table("run_one", three_checkpoints, tmp_path / "success.csv", picture, tmp_path / "stages.csv")
+        success_table(
+            "run_one", three_checkpoints, tmp_path / "success.csv", picture, tmp_path / "stages.csv"
+        )
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     with Image.open(pictures[0]) as image:
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
@@ -91,7 +111,11 @@ def test_different_settings_are_not_compared(three_checkpoints, tmp_path):
     other = rollouts(tmp_path, 1500, [SOLVED] * 4, max_episode_steps=100)
     with pytest.raises(UserError, match=r"1500\.json were evaluated under different settings"):
         success_table(
-            "run_one", [*three_checkpoints, other], tmp_path / "success.csv", tmp_path / "success.png", tmp_path / "stages.csv"
+            "run_one",
+            [*three_checkpoints, other],
+            tmp_path / "success.csv",
+            tmp_path / "success.png",
+            tmp_path / "stages.csv",
         )
     assert not (tmp_path / "success.csv").exists()
 
@@ -100,14 +124,32 @@ def test_missing_episodes_are_a_sentence(three_checkpoints, tmp_path):
     table = three_checkpoints[0].with_suffix("") / "episodes.csv"
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match="has 3 episodes instead of 4"):
-        success_table("run_one", three_checkpoints, tmp_path / "success.csv", tmp_path / "success.png", tmp_path / "stages.csv")
+        success_table(
+            "run_one",
+            three_checkpoints,
+            tmp_path / "success.csv",
+            tmp_path / "success.png",
+            tmp_path / "stages.csv",
+        )
     table.unlink()
     with pytest.raises(UserError, match="does not exist"):
-        success_table("run_one", three_checkpoints, tmp_path / "success.csv", tmp_path / "success.png", tmp_path / "stages.csv")
+        success_table(
+            "run_one",
+            three_checkpoints,
+            tmp_path / "success.csv",
+            tmp_path / "success.png",
+            tmp_path / "stages.csv",
+        )
 
 
 def test_stages_say_how_far_episodes_came(three_checkpoints, tmp_path):
-    success_table("run_one", three_checkpoints, tmp_path / "success.csv", tmp_path / "success.png", tmp_path / "stages.csv")
+    success_table(
+        "run_one",
+        three_checkpoints,
+        tmp_path / "success.csv",
+        tmp_path / "success.png",
+        tmp_path / "stages.csv",
+    )
     with open(tmp_path / "stages.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     of_500 = [
@@ -116,5 +158,10 @@ def test_stages_say_how_far_episodes_came(three_checkpoints, tmp_path):
         if row["step"] == "500"
     ]
     # Episodes 0 and 2 succeeded; 1 and 3 came to nothing, 15.5 and 35.5 mm from the cube.
-    assert of_500 == [("nothing", "4", "2", "25.5"), ("reach", "2", "0", ""), ("move", "2", "0", ""), ("place", "2", "2", "15.5")]
+    assert of_500 == [
+        ("nothing", "4", "2", "25.5"),
+        ("reach", "2", "0", ""),
+        ("move", "2", "0", ""),
+        ("place", "2", "2", "15.5"),
+    ]
     assert [row["step"] for row in rows] == ["0"] * 4 + ["500"] * 4 + ["1000"] * 4

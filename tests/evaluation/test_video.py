@@ -2,7 +2,15 @@
 
 import numpy as np
 
-from demo2eval.evaluation.video import BORDER, CAPTION, OPEN, SUCCESS, TILE_SHAPE, frames_of, write_video
+from demo2eval.evaluation.video import (
+    BORDER,
+    CAPTION,
+    OPEN,
+    SUCCESS,
+    TILE_SHAPE,
+    frames_of,
+    write_video,
+)
 from demo2eval.evaluation.workers import FILM_SIZE, EpisodeResult
 from demo2eval.maniskill.env import CONTROL_FREQUENCY
 
@@ -33,7 +41,10 @@ def test_borders_turn_green_at_the_first_success():
     assert len(frames) == LENGTH
     assert frames[0].shape == (2 * height, 3 * width, 3)
     # The lower left corner of each episode's tile, where no text is.
-    corners = [(row * height + height - 1, column * width) for row, column in ((0, 0), (0, 1), (0, 2), (1, 0))]
+    corners = [
+        (row * height + height - 1, column * width)
+        for row, column in ((0, 0), (0, 1), (0, 2), (1, 0))
+    ]
     green = [[tuple(frame[corner]) == SUCCESS for corner in corners] for frame in frames]
     assert green == [[step >= 2, False, step >= 4, True] for step in range(LENGTH)]
     assert tuple(frames[0][corners[1]]) == OPEN

@@ -31,7 +31,10 @@ def machine(tmp_path, monkeypatch):
     [
         ("echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'", "gpu"),
         ("echo 'No devices found.'", "cpu"),
-        ("echo 'NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.'; exit 9", "cpu"),
+        (
+            "echo 'NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.'; exit 9",
+            "cpu",
+        ),
         ("exit 127", "cpu"),
     ],
 )

@@ -14,7 +14,12 @@ from demo2eval.pi0 import layers, model, sampling
 from demo2eval.pi0.config import LoraConfig, Pi0Config, make_config
 from demo2eval.pi0.params import flatten, init_params, split_trainable, unflatten
 
-SMALL = {"action_horizon": 4, "siglip.image_size": 32, "vocab_size": 50, "continuous_state_token": True}
+SMALL = {
+    "action_horizon": 4,
+    "siglip.image_size": 32,
+    "vocab_size": 50,
+    "continuous_state_token": True,
+}
 
 
 def random_params(config: Pi0Config) -> dict:
@@ -22,7 +27,10 @@ def random_params(config: Pi0Config) -> dict:
     flat = flatten(init_params(config, jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(flat))
     return unflatten(
-        {name: value + 0.02 * jax.random.normal(key, value.shape) for key, (name, value) in zip(keys, flat.items(), strict=True)}
+        {
+            name: value + 0.02 * jax.random.normal(key, value.shape)
+            for key, (name, value) in zip(keys, flat.items(), strict=True)
+        }
     )
 
 
@@ -36,7 +44,9 @@ def sample_of(config: Pi0Config) -> tuple[model.Observation, jax.Array, jax.Arra
         tokenized_prompt=jnp.array([[2, 7, 9, 0], [2, 8, 9, 11]]),
         tokenized_prompt_mask=jnp.array([[True, True, True, False], [True] * 4]),
     )
-    return observation, *(jax.random.normal(key, (2, config.action_horizon, config.action_dim)) for key in keys[2:4])
+    return observation, *(
+        jax.random.normal(key, (2, config.action_horizon, config.action_dim)) for key in keys[2:4]
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -60,7 +70,10 @@ def test_scanned_layers_equal_unrolled_ones(config, monkeypatch):
 def test_recomputed_activations_give_the_same_gradients(config):
     params = random_params(config)
     changed = [dataclasses.replace(config, remat=remat) for remat in (False, True)]
-    plain, recomputed = (flatten(jax.grad(lambda tree, one=one: loss_of(one, tree).mean())(params)) for one in changed)
+    plain, recomputed = (
+        flatten(jax.grad(lambda tree, one=one: loss_of(one, tree).mean())(params))
+        for one in changed
+    )
     for name, gradient in plain.items():
         np.testing.assert_allclose(recomputed[name], gradient, atol=1e-5, err_msg=name)
 
@@ -68,14 +81,22 @@ def test_recomputed_activations_give_the_same_gradients(config):
 def test_the_state_token_is_seen(config):
     params = random_params(config)
     without = unflatten(
-        {name: jnp.zeros_like(value) if "state_proj" in name else value for name, value in flatten(params).items()}
+        {
+            name: jnp.zeros_like(value) if "state_proj" in name else value
+            for name, value in flatten(params).items()
+        }
     )
     assert float(jnp.abs(loss_of(config, params) - loss_of(config, without)).max()) > 1e-4
 
 
 def with_lora(config: Pi0Config) -> Pi0Config:
-    lora = LoraConfig(attention_rank=4, attention_alpha=8.0, feed_forward_rank=3, feed_forward_alpha=1.5)
-    towers = {name: dataclasses.replace(getattr(config, name), lora=lora) for name in ("paligemma", "action_expert")}
+    lora = LoraConfig(
+        attention_rank=4, attention_alpha=8.0, feed_forward_rank=3, feed_forward_alpha=1.5
+    )
+    towers = {
+        name: dataclasses.replace(getattr(config, name), lora=lora)
+        for name in ("paligemma", "action_expert")
+    }
     return dataclasses.replace(config, **towers)
 
 
@@ -104,7 +125,10 @@ def test_lora_equals_its_merged_weights(config):
 
 def test_as_many_key_heads_as_heads(config):
     """openpi keeps query, key and value in one array then; the same numbers in two arrays are the same model."""
-    towers = {name: dataclasses.replace(getattr(config, name), num_kv_heads=4) for name in ("paligemma", "action_expert")}
+    towers = {
+        name: dataclasses.replace(getattr(config, name), num_kv_heads=4)
+        for name in ("paligemma", "action_expert")
+    }
     params = random_params(dataclasses.replace(config, **towers))
     assert not any("/q_einsum" in name or "/kv_einsum" in name for name in flatten(params))
     attention = params["PaliGemma"]["llm"]["layers"]["attn"]
@@ -114,7 +138,10 @@ def test_as_many_key_heads_as_heads(config):
         query, key, value = (attention[f"qkv_einsum{suffix}"]["w"][:, part] for part in range(3))
         key, value = (jnp.broadcast_to(one[:, :1], one.shape) for one in (key, value))
         attention[f"qkv_einsum{suffix}"] = {"w": jnp.stack([query, key, value], axis=1)}
-        grouped |= {f"q_einsum{suffix}": {"w": query}, f"kv_einsum{suffix}": {"w": jnp.stack([key, value], axis=1)[:, :, :1]}}
+        grouped |= {
+            f"q_einsum{suffix}": {"w": query},
+            f"kv_einsum{suffix}": {"w": jnp.stack([key, value], axis=1)[:, :, :1]},
+        }
     loss = loss_of(dataclasses.replace(config, **towers), params)
     params["PaliGemma"]["llm"]["layers"]["attn"] = grouped
     np.testing.assert_allclose(loss, loss_of(config, params), rtol=1e-5)
@@ -159,7 +186,10 @@ def test_several_noises_after_one_look_are_as_many_losses(family):
 
     def one_by_one(params):
         return jnp.stack(
-            [model.flow_loss(config, params, observation, actions, *draw) for draw in zip(noises, times, strict=True)]
+            [
+                model.flow_loss(config, params, observation, actions, *draw)
+                for draw in zip(noises, times, strict=True)
+            ]
         )
 
     def together(params):
@@ -167,5 +197,7 @@ def test_several_noises_after_one_look_are_as_many_losses(family):
 
     np.testing.assert_allclose(jax.jit(together)(params), jax.jit(one_by_one)(params), rtol=1e-4)
     expected = flatten(jax.jit(jax.grad(lambda tree: one_by_one(tree).mean()))(params))
-    for name, gradient in flatten(jax.jit(jax.grad(lambda tree: together(tree).mean()))(params)).items():
+    for name, gradient in flatten(
+        jax.jit(jax.grad(lambda tree: together(tree).mean()))(params)
+    ).items():
         np.testing.assert_allclose(gradient, expected[name], rtol=1e-3, atol=1e-6, err_msg=name)

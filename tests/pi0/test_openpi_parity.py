@@ -23,7 +23,15 @@ from demo2eval.pi0.config import GemmaConfig, LoraConfig, Pi0Config, SiglipConfi
 from demo2eval.pi0.normalize import exact_stats, load_norm_stats
 from demo2eval.pi0.params import flatten, init_params, table, unflatten
 from demo2eval.pi0.tokenizer import Tokenizer, discretize
-from demo2eval.pi0.transforms import absolute_actions, augment, delta_actions, normalize, pad, resize_with_pad, unnormalize
+from demo2eval.pi0.transforms import (
+    absolute_actions,
+    augment,
+    delta_actions,
+    normalize,
+    pad,
+    resize_with_pad,
+    unnormalize,
+)
 from demo2eval.training.optimizer import ema_update, make_optimizer, make_schedule
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
@@ -33,7 +41,9 @@ FAMILIES = ("pi05", "pi0")
 PRECISIONS = ("float32", "bfloat16", "bfloat16_params")
 TOWERS = {"paligemma": "paligemma", "action_expert": "expert"}
 RANKS = ("attn_rank", "attn_alpha", "ffn_rank", "ffn_alpha")
-WITH_LORA = pytest.mark.skipif(not (GOLDEN / "pi05_lora_float32.npz").exists(), reason="GOLDEN_DIR has no numbers of LoRA")
+WITH_LORA = pytest.mark.skipif(
+    not (GOLDEN / "pi05_lora_float32.npz").exists(), reason="GOLDEN_DIR has no numbers of LoRA"
+)
 
 
 flow_loss = jax.jit(model.flow_loss, static_argnums=0)
@@ -48,7 +58,9 @@ def config_of(family: str, precision: str = "float32") -> Pi0Config:
         GemmaConfig(**sizes["paligemma"]),
         GemmaConfig(**sizes["action_expert"]),
         SiglipConfig(
-            *(siglip[key] for key in ("width", "depth", "mlp_dim", "num_heads")), siglip["patch_size"][0], siglip["image"][0]
+            *(siglip[key] for key in ("width", "depth", "mlp_dim", "num_heads")),
+            siglip["patch_size"][0],
+            siglip["image"][0],
         ),
         vocab_size=sizes["vocab_size"],
         action_dim=SPEC["action_dim"],
@@ -60,9 +72,16 @@ def config_of(family: str, precision: str = "float32") -> Pi0Config:
 
 def lora_config_of(family: str) -> Pi0Config:
     config = config_of(family)
-    ranks = {name: LoraConfig(*(SPEC["lora"][key][kind] for kind in RANKS)) for name, key in TOWERS.items()}
+    ranks = {
+        name: LoraConfig(*(SPEC["lora"][key][kind] for kind in RANKS))
+        for name, key in TOWERS.items()
+    }
     return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), lora=lora) for name, lora in ranks.items()}
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), lora=lora)
+            for name, lora in ranks.items()
+        },
     )
 
 
@@ -73,13 +92,18 @@ def read(name: str) -> dict[str, np.ndarray]:
 
 def params_of(name: str, precision: str = "float32") -> dict:
     dtype = jnp.bfloat16 if precision == "bfloat16_params" else jnp.float32
-    return unflatten({name: jnp.asarray(value, dtype) for name, value in read(f"{name}_params").items()})
+    return unflatten(
+        {name: jnp.asarray(value, dtype) for name, value in read(f"{name}_params").items()}
+    )
 
 
 def observation_of(inputs: dict, cameras=None, tokens: int | None = None) -> model.Observation:
     cameras = SPEC["cams"] if cameras is None else cameras
     return model.Observation(
-        images={name: jnp.asarray(inputs[f"image/{name}"] / 255.0 * 2 - 1, jnp.float32) for name in cameras},
+        images={
+            name: jnp.asarray(inputs[f"image/{name}"] / 255.0 * 2 - 1, jnp.float32)
+            for name in cameras
+        },
         state=jnp.asarray(inputs["state"]),
         tokenized_prompt=jnp.asarray(inputs["tokenized_prompt"])[:, :tokens],
         tokenized_prompt_mask=jnp.asarray(inputs["tokenized_prompt_mask"])[:, :tokens],
@@ -94,9 +118,13 @@ def forward(config: Pi0Config, params: dict, inputs: dict, condition=None) -> di
     at = time[:, None, None]
     noisy = at * inputs["noise"] + (1 - at) * inputs["actions"]
     prefix, prefix_valid = model.embed_prefix(config, params, observation)
-    suffix, opens_block, own_condition = model.embed_suffix(config, params, observation.state, noisy, time)
+    suffix, opens_block, own_condition = model.embed_suffix(
+        config, params, observation.state, noisy, time
+    )
     valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
-    mask = model.attention_mask(valid, jnp.concatenate([jnp.zeros(prefix.shape[1], bool), opens_block]))
+    mask = model.attention_mask(
+        valid, jnp.concatenate([jnp.zeros(prefix.shape[1], bool), opens_block])
+    )
     positions = model.positions_of(valid)
     prefix_out, out = gemma.run(
         (config.paligemma, config.action_expert),
@@ -135,11 +163,18 @@ def compare(config: Pi0Config, params: dict, inputs: dict, golden: dict, toleran
         assert difference(mine[name], golden[name]) < tolerance, name
     seen = np.asarray(mine["prefix_mask"])[..., None]
     for name in golden.keys() & {"prefix_embs", "prefix_out"}:
-        assert difference(np.where(seen, mine[name], 0), np.where(seen, golden[name], 0)) < tolerance, name
+        assert (
+            difference(np.where(seen, mine[name], 0), np.where(seen, golden[name], 0)) < tolerance
+        ), name
     observation, actions = observation_of(inputs), inputs["actions"]
     loss = flow_loss(config, params, observation, actions, inputs["noise"], inputs["time"])
     assert difference(loss, golden["loss"]) < tolerance
-    assert difference(sample_actions(config, params, observation, inputs["noise"]), golden["actions_10"]) < tolerance
+    assert (
+        difference(
+            sample_actions(config, params, observation, inputs["noise"]), golden["actions_10"]
+        )
+        < tolerance
+    )
     if "compute_loss_key7" in golden:
         drawn = model.compute_loss(config, params, jax.random.key(7), observation, actions)
         assert difference(drawn, golden["compute_loss_key7"]) < tolerance
@@ -149,7 +184,14 @@ def compare_gradients(config: Pi0Config, params: dict, inputs: dict, golden: dic
     """Compare the gradients that `golden` holds, and return the names of all parameters."""
 
     def mean_loss(params):
-        return model.flow_loss(config, params, observation_of(inputs), inputs["actions"], inputs["noise"], inputs["time"]).mean()
+        return model.flow_loss(
+            config,
+            params,
+            observation_of(inputs),
+            inputs["actions"],
+            inputs["noise"],
+            inputs["time"],
+        ).mean()
 
     gradients = flatten(jax.jit(jax.grad(mean_loss))(params))
     for name in (name.removeprefix("grad/") for name in golden if name.startswith("grad/")):
@@ -182,15 +224,24 @@ def test_lora():
 
 def test_the_expert_given_openpis_condition():
     golden = read("pi05_float32")
-    mine = forward(config_of("pi05"), params_of("pi05"), read("pi05_inputs"), condition=jnp.asarray(golden["adarms_cond"]))
+    mine = forward(
+        config_of("pi05"),
+        params_of("pi05"),
+        read("pi05_inputs"),
+        condition=jnp.asarray(golden["adarms_cond"]),
+    )
     assert difference(mine["suffix_out"], golden["suffix_out"]) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_every_parameter(family):
     golden = read(f"{family}_float32")
-    names = compare_gradients(config_of(family), params_of(family), read(f"{family}_inputs"), golden)
-    assert {f"grad/{name}" for name in names} == {name for name in golden if name.startswith("grad/")}
+    names = compare_gradients(
+        config_of(family), params_of(family), read(f"{family}_inputs"), golden
+    )
+    assert {f"grad/{name}" for name in names} == {
+        name for name in golden if name.startswith("grad/")
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -236,7 +287,9 @@ def training_key() -> jax.Array:
         _, noise_key, _ = jax.random.split(jax.random.fold_in(key, 0), 3)
         if np.array_equal(jax.random.normal(noise_key, noise.shape), noise):
             return key
-    pytest.fail("no seed up to 42 draws the reference's noise, so its augmentation cannot be repeated")
+    pytest.fail(
+        "no seed up to 42 draws the reference's noise, so its augmentation cannot be repeated"
+    )
 
 
 def test_three_real_training_steps(training_key):
@@ -244,7 +297,9 @@ def test_three_real_training_steps(training_key):
     golden, inputs, config = read("pi05_ema_train3"), read("pi05_inputs"), config_of("pi05")
     facts = json.loads((GOLDEN / "pi05_ema_train3.json").read_text())
     schedule = make_schedule(2, 1e-3, 6, 1e-4)
-    np.testing.assert_allclose([schedule(step) for step in range(len(facts["lr"]))], facts["lr"], rtol=1e-6)
+    np.testing.assert_allclose(
+        [schedule(step) for step in range(len(facts["lr"]))], facts["lr"], rtol=1e-6
+    )
     optimizer = make_optimizer(schedule)
     params = average = params_of("pi05")
     state = optimizer.init(params)
@@ -256,7 +311,9 @@ def test_three_real_training_steps(training_key):
         observation = dataclasses.replace(plain, images=augment(augment_key, plain.images))
 
         def mean_loss(params):
-            return model.flow_loss(config, params, observation, inputs["actions"], noise, time).mean()
+            return model.flow_loss(
+                config, params, observation, inputs["actions"], noise, time
+            ).mean()
 
         loss, gradients = jax.value_and_grad(mean_loss)(params)
         updates, state = optimizer.update(gradients, state, params)
@@ -276,14 +333,24 @@ def test_three_real_training_steps(training_key):
                 # Stored in float16.
                 assert difference(picture, golden[f"aug0/{camera}"]) < 2e-3, camera
     for kind, tree in (("params_after3", params), ("ema_after3", average)):
-        stored = {name.removeprefix(f"{kind}/"): value for name, value in golden.items() if name.startswith(f"{kind}/")}
+        stored = {
+            name.removeprefix(f"{kind}/"): value
+            for name, value in golden.items()
+            if name.startswith(f"{kind}/")
+        }
         mine = flatten(tree)
         assert mine.keys() == stored.keys()
         # A key's bias shifts all logits of a query alike, so that its gradient is rounding, which Adam blows up to full steps.
         # Elsewhere that happens to single values whose gradient is next to nothing.
-        same = {name: np.mean(np.abs(mine[name] - value) < 1e-5) for name, value in stored.items() if "key/bias" not in name}
+        same = {
+            name: np.mean(np.abs(mine[name] - value) < 1e-5)
+            for name, value in stored.items()
+            if "key/bias" not in name
+        }
         assert min(same.values()) > 0.98, (kind, sorted(same.items(), key=lambda item: item[1])[:5])
-        assert max(difference(mine[name], value) for name, value in stored.items()) < 2 * sum(facts["lr"][:3]), kind
+        assert max(difference(mine[name], value) for name, value in stored.items()) < 2 * sum(
+            facts["lr"][:3]
+        ), kind
 
 
 def test_schedule():
@@ -293,7 +360,10 @@ def test_schedule():
             assert float(schedule(int(step))) == pytest.approx(rate, rel=1e-6)
 
 
-SCHEDULES = {"lr_default": (1000, 2.5e-5, 30_000, 2.5e-6), "lr_pi05_libero": (10_000, 5e-5, 1_000_000, 5e-5)}
+SCHEDULES = {
+    "lr_default": (1000, 2.5e-5, 30_000, 2.5e-6),
+    "lr_pi05_libero": (10_000, 5e-5, 1_000_000, 5e-5),
+}
 
 
 def test_adamw(data):
@@ -301,17 +371,24 @@ def test_adamw(data):
     params = {name: data[f"adam_p0/{name}"] for name in "ab"}
     state = optimizer.init(params)
     for step in range(5):
-        updates, state = optimizer.update({name: data[f"adam_g{step}/{name}"] for name in "ab"}, state, params)
+        updates, state = optimizer.update(
+            {name: data[f"adam_g{step}/{name}"] for name in "ab"}, state, params
+        )
         params = optax.apply_updates(params, updates)
         for name in "ab":
-            np.testing.assert_allclose(params[name], data[f"adam_p{step + 1}/{name}"], rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose(
+                params[name], data[f"adam_p{step + 1}/{name}"], rtol=1e-6, atol=1e-9
+            )
 
 
 def test_time_embedding(data):
     for name in (name for name in data if name.startswith("posemb_") and name != "posemb_t"):
         width = int(name.removeprefix("posemb_"))
         # The sine's argument reaches 1571 rad, where float32 is good to 2e-4 and no better.
-        assert difference(model.time_embedding(jnp.asarray(data["posemb_t"]), width), data[name]) < 3e-4
+        assert (
+            difference(model.time_embedding(jnp.asarray(data["posemb_t"]), width), data[name])
+            < 3e-4
+        )
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +405,9 @@ def test_resize(data):
     sizes = [name.removeprefix("img_") for name in data if name.startswith("img_")]
     assert sizes
     for size in sizes:
-        np.testing.assert_array_equal(resize_with_pad(data[f"img_{size}"][0], 224, 224), data[f"pil_{size}"][0])
+        np.testing.assert_array_equal(
+            resize_with_pad(data[f"img_{size}"][0], 224, 224), data[f"pil_{size}"][0]
+        )
 
 
 @pytest.mark.parametrize(("kind", "use_quantiles"), [("z", False), ("q", True)])
@@ -345,8 +424,12 @@ def test_normalisation(data, stats, kind, use_quantiles):
 
 def test_delta_actions(data):
     mask = [True] * 6 + [False]
-    np.testing.assert_array_equal(delta_actions(data["x_actions"], data["x_state"], mask), data["delta_actions"])
-    np.testing.assert_array_equal(absolute_actions(data["delta_actions"], data["x_state"], mask), data["abs_actions"])
+    np.testing.assert_array_equal(
+        delta_actions(data["x_actions"], data["x_state"], mask), data["delta_actions"]
+    )
+    np.testing.assert_array_equal(
+        absolute_actions(data["delta_actions"], data["x_state"], mask), data["abs_actions"]
+    )
 
 
 def test_statistics(data, stats):
@@ -357,7 +440,10 @@ def test_statistics(data, stats):
     np.testing.assert_allclose(mine.std, golden.std, atol=1e-9)
     # openpi reads quantiles off a histogram; they are as good as its bins are wide.
     for name in ("q01", "q99"):
-        assert (np.abs(getattr(mine, name) - getattr(golden, name)) < 0.01 * (values.max(0) - values.min(0))).all()
+        assert (
+            np.abs(getattr(mine, name) - getattr(golden, name))
+            < 0.01 * (values.max(0) - values.min(0))
+        ).all()
 
 
 def test_norm_stats_without_quantiles():
@@ -368,7 +454,9 @@ def test_norm_stats_without_quantiles():
 
 
 def test_state_bins():
-    np.testing.assert_array_equal(discretize(np.array(FACTS["discretise"]["x"])), FACTS["discretise"]["bins"])
+    np.testing.assert_array_equal(
+        discretize(np.array(FACTS["discretise"]["x"])), FACTS["discretise"]["bins"]
+    )
 
 
 class Letters:
@@ -388,7 +476,9 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-@pytest.mark.parametrize("example", FACTS["prompts"], ids=lambda one: f"{one['prompt']!r:.12}-{one['state'] is not None}")
+@pytest.mark.parametrize(
+    "example", FACTS["prompts"], ids=lambda one: f"{one['prompt']!r:.12}-{one['state'] is not None}"
+)
 def test_prompts(tokenizer, example):
     state = None if example["state"] is None else np.array(example["state"])
     tokens, mask = tokenizer.tokenize(example["prompt"], state, example["len"])
@@ -399,7 +489,9 @@ def test_prompts(tokenizer, example):
 
 
 def test_a_long_prompt_is_cut_at_its_tail(tokenizer):
-    tokens, mask = tokenizer.tokenize("a long prompt, longer than there is room for", None, len(FACTS["truncated"]["ids"]))
+    tokens, mask = tokenizer.tokenize(
+        "a long prompt, longer than there is room for", None, len(FACTS["truncated"]["ids"])
+    )
     np.testing.assert_array_equal(tokens, FACTS["truncated"]["ids"])
     np.testing.assert_array_equal(mask, FACTS["truncated"]["mask"])
 
@@ -407,7 +499,9 @@ def test_a_long_prompt_is_cut_at_its_tail(tokenizer):
 def test_openpis_checkpoint_and_safetensors_hold_the_reference_weights():
     """The checkpoint that openpi wrote holds the averaged weights of the three steps; the safetensors those of `pi05_params`."""
     config, golden = config_of("pi05"), read("pi05_ema_train3")
-    loaded = flatten(load_params(next((GOLDEN / "checkpoint_pi05_ema").iterdir()) / "params", config))
+    loaded = flatten(
+        load_params(next((GOLDEN / "checkpoint_pi05_ema").iterdir()) / "params", config)
+    )
     for name, value in loaded.items():
         np.testing.assert_array_equal(value, golden[f"ema_after3/{name}"], err_msg=name)
     converted = open_huggingface(GOLDEN / "hf_pi05", config)

@@ -13,7 +13,9 @@ PROMPT = "push the blue cube into the red and white target region"
 
 def test_norm_stats_file(tmp_path):
     values = np.random.default_rng(0).normal(size=(100, 3))
-    save_norm_stats(tmp_path / "norm_stats.json", {"state": exact_stats(values), "actions": exact_stats(values)})
+    save_norm_stats(
+        tmp_path / "norm_stats.json", {"state": exact_stats(values), "actions": exact_stats(values)}
+    )
     again = load_norm_stats(tmp_path / "norm_stats.json")
     np.testing.assert_array_equal(again["state"].q99, exact_stats(values).q99)
 

@@ -51,7 +51,11 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
     group = parser.add_argument_group("settings (they change the result)")
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = (
+            field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+        )
         required = default is dataclasses.MISSING
         shown = "" if required else f" (default: {default})"
         group.add_argument(
@@ -65,12 +69,19 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
 
 def settings_from(arguments: argparse.Namespace, settings_class: type):
     """Build the settings dataclass from parsed arguments."""
-    return settings_class(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(settings_class)})
+    return settings_class(
+        **{
+            field.name: getattr(arguments, field.name)
+            for field in dataclasses.fields(settings_class)
+        }
+    )
 
 
 def stage_parser(doc: str, settings_class: type | None = None) -> argparse.ArgumentParser:
     """Return a parser whose help is the module's docstring, with the settings' options."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     if settings_class is not None:
         add_settings(parser, settings_class)
     return parser

@@ -16,7 +16,12 @@ from demo2eval.maniskill.tasks import check_cameras, find_task
 
 SCHEMA = Path(__file__).resolve().parent.parent / "schemas" / "config.schema.yaml"
 SECTIONS = ("demos", "replay", "dataset", "model", "actions", "training", "evaluation")
-CONTROL_MODE_WIDTH = {"pd_joint_pos": 8, "pd_joint_delta_pos": 8, "pd_ee_delta_pos": 4, "pd_ee_delta_pose": 7}
+CONTROL_MODE_WIDTH = {
+    "pd_joint_pos": 8,
+    "pd_joint_delta_pos": 8,
+    "pd_ee_delta_pos": 4,
+    "pd_ee_delta_pose": 7,
+}
 ARM_JOINTS = 7
 SHARD_SEEDS = 100_000
 DEMO_SOURCES = ("plan", "published")
@@ -58,7 +63,9 @@ def check_schema(config: Mapping) -> None:
         UserError: names the first wrong key and, for a misspelt one, the nearest that exists.
     """
     errors = jsonschema.Draft202012Validator(_schema()).iter_errors(config)
-    first = min(errors, key=lambda error: (len(error.absolute_path), str(error.absolute_path)), default=None)
+    first = min(
+        errors, key=lambda error: (len(error.absolute_path), str(error.absolute_path)), default=None
+    )
     if first is not None:
         raise UserError(_sentence(first))
 
@@ -84,11 +91,15 @@ def run_settings(config: Mapping, run: str) -> dict:
         UserError: if there is no such run or task, or if the settings contradict each other.
     """
     if run not in config["runs"]:
-        raise UserError(f"there is no run {run!r} in the configuration.{nearest(run, config['runs'])}")
+        raise UserError(
+            f"there is no run {run!r} in the configuration.{nearest(run, config['runs'])}"
+        )
     own = config["runs"][run]
     find_task(own["task"])
     if own["task"] not in config["tasks"]:
-        raise UserError(f"run {run!r}: task {own['task']!r} has no entry under 'tasks'.{nearest(own['task'], config['tasks'])}")
+        raise UserError(
+            f"run {run!r}: task {own['task']!r} has no entry under 'tasks'.{nearest(own['task'], config['tasks'])}"
+        )
     task = config["tasks"][own["task"]]
     settings = _overlay(_overlay(_overlay({}, config["defaults"]), task), own)
     settings["task"] = own["task"]
@@ -111,13 +122,19 @@ def family(settings: Mapping) -> str:
 def sees_state(settings: Mapping) -> bool:
     """Whether the state reaches the model at all."""
     model = settings["model"]
-    return family(settings) == "pi0" or model["discrete_state_input"] or model["continuous_state_token"]
+    return (
+        family(settings) == "pi0"
+        or model["discrete_state_input"]
+        or model["continuous_state_token"]
+    )
 
 
 def problems(settings: Mapping) -> Iterator[str]:
     """Yield what contradicts itself in a run's settings, each as one sentence."""
     task = find_task(settings["task"])
-    dataset, actions, training, evaluation = (settings[name] for name in ("dataset", "actions", "training", "evaluation"))
+    dataset, actions, training, evaluation = (
+        settings[name] for name in ("dataset", "actions", "training", "evaluation")
+    )
     if task.hidden_goal and task.hidden_goal not in dataset["state"]:
         yield (
             f"the goal of {settings['task']} is in no camera; dataset.state must hold {task.hidden_goal!r}, "
@@ -128,13 +145,20 @@ def problems(settings: Mapping) -> Iterator[str]:
             f"the goal of {settings['task']} is only in the state, which this model does not see; "
             f"set model.discrete_state_input (or, for a model from scratch, model.continuous_state_token) to true."
         )
-    if family(settings) == "pi0" and (settings["model"]["discrete_state_input"] or settings["model"]["continuous_state_token"]):
+    if family(settings) == "pi0" and (
+        settings["model"]["discrete_state_input"] or settings["model"]["continuous_state_token"]
+    ):
         yield "Pi0 has a state token already; set model.discrete_state_input and model.continuous_state_token to false."
-    if actions["delta"] and (settings["replay"]["control_mode"] != "pd_joint_pos" or dataset["state"][0] != "qpos"):
+    if actions["delta"] and (
+        settings["replay"]["control_mode"] != "pd_joint_pos" or dataset["state"][0] != "qpos"
+    ):
         yield "actions.delta needs replay.control_mode pd_joint_pos and 'qpos' as the first part of dataset.state."
     if training["state_noise"] and dataset["state"][0] != "qpos":
         yield "training.state_noise needs 'qpos' as the first part of dataset.state."
-    if settings["replay"]["joint_perturbation"] and settings["replay"]["control_mode"] != "pd_joint_pos":
+    if (
+        settings["replay"]["joint_perturbation"]
+        and settings["replay"]["control_mode"] != "pd_joint_pos"
+    ):
         yield "replay.joint_perturbation needs replay.control_mode pd_joint_pos: only absolute joint targets lead a displaced arm back."
     if training["steps"] % training["save_interval"]:
         yield f"training.steps {training['steps']} is not a multiple of training.save_interval {training['save_interval']}."
@@ -176,7 +200,11 @@ def missing_weights(settings: Mapping, run: str) -> str | None:
     """Return one sentence if the run's base weights or their tokenizer are not there, else None."""
     model = settings["model"]
     for key in ("weights", "tokenizer"):
-        if model["weights"] is not None and model[key] is not None and not Path(model[key]).exists():
+        if (
+            model["weights"] is not None
+            and model[key] is not None
+            and not Path(model[key]).exists()
+        ):
             name = WEIGHT_NAMES[family(settings)]
             what = (
                 f"the openpi checkpoint gs://openpi-assets/checkpoints/{name} or lerobot/{name} from Hugging Face"

@@ -40,7 +40,9 @@ def ask(code: str, python: Path) -> tuple[bool, str]:
     """Run Python code in a process of its own; return whether it succeeded, and the last line that it printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow")}
     try:
-        result = subprocess.run([str(python), "-c", code], env=environment, capture_output=True, text=True, timeout=180)
+        result = subprocess.run(
+            [str(python), "-c", code], env=environment, capture_output=True, text=True, timeout=180
+        )
     except FileNotFoundError:
         return False, f"{python.relative_to(ROOT)} does not exist"
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -53,7 +55,9 @@ def check_uv() -> tuple[bool, str, str]:
     """What makes the environments."""
     for uv in (str(ROOT / ".tools/uv"), "uv"):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            said = subprocess.run([uv, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+            said = subprocess.run(
+                [uv, "--version"], capture_output=True, text=True, check=True, timeout=60
+            ).stdout
             return True, said.split("(")[0].strip(), "makes the environments"
     return True, "none", "`make setup` fetches it"
 
@@ -75,14 +79,22 @@ def check_vulkan() -> tuple[bool, str, str]:
     good, said = ask(RENDER, PYTHON)
     if not good:
         return False, said, "nothing can be rendered; run `make setup`"
-    return True, said, "some 20 pictures a second and core" if said.endswith("cpu") else "renders fast"
+    return (
+        True,
+        said,
+        "some 20 pictures a second and core" if said.endswith("cpu") else "renders fast",
+    )
 
 
 def gpus() -> list[tuple[str, float]]:
     """Return (name, GiB of memory) of each NVIDIA GPU that the driver lists."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip().splitlines()
+        lines = (
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            .stdout.strip()
+            .splitlines()
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     return [(line.split(",")[0], float(line.split(",")[1]) / 1024) for line in lines]
@@ -95,7 +107,11 @@ def check_gpu() -> tuple[bool, str, str]:
         return True, "none", "the quickstart and the tests; not the full-size models"
     name, memory = max(found, key=lambda gpu: gpu[1])
     enough = memory >= FULL_SIZE_GPU_GIB
-    use = "full-size Pi0.5 at a batch of 32" if enough else f"small models; full-size Pi0.5 needs about {FULL_SIZE_GPU_GIB} GiB"
+    use = (
+        "full-size Pi0.5 at a batch of 32"
+        if enough
+        else f"small models; full-size Pi0.5 needs about {FULL_SIZE_GPU_GIB} GiB"
+    )
     return True, f"{len(found)} x {name}, {memory:.0f} GiB", use
 
 

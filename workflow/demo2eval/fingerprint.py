@@ -81,7 +81,11 @@ class _WithoutWords(ast.NodeTransformer):
     def _drop_docstring(self, node):
         self.generic_visit(node)
         first = node.body[0] if node.body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        if (
+            isinstance(first, ast.Expr)
+            and isinstance(first.value, ast.Constant)
+            and isinstance(first.value.value, str)
+        ):
             node.body = node.body[1:] or [ast.Pass()]
         return node
 
@@ -109,7 +113,9 @@ def code_fingerprint(module: str) -> str:
         module: dotted name, such as "demo2eval.data.dataset".
     """
     closure = import_closure(module)
-    lines = [f"{name} {_file_digest(path, path.stat().st_mtime_ns)}" for name, path in closure.items()]
+    lines = [
+        f"{name} {_file_digest(path, path.stat().st_mtime_ns)}" for name, path in closure.items()
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

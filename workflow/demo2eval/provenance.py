@@ -94,9 +94,13 @@ def read_manifest(path: Path) -> dict:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run the rule that makes it, or let Snakemake run the whole chain.") from None
+        raise UserError(
+            f"{path} does not exist; run the rule that makes it, or let Snakemake run the whole chain."
+        ) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not a manifest ({error}); delete it, and its rule will run again.") from None
+        raise UserError(
+            f"{path} is not a manifest ({error}); delete it, and its rule will run again."
+        ) from None
     if "digest" not in content:
         raise UserError(f"{path} is a JSON file but not a manifest: it has no digest.")
     return content
@@ -140,14 +144,19 @@ def list_files(paths: Iterable[Path]) -> list[Path]:
 class Work:
     """One stage's work on one output: where to write, whether it is done already, and how to finish it."""
 
-    def __init__(self, output: Path, stage: str, settings, inputs: Mapping[str, list[Path]], code: str):
+    def __init__(
+        self, output: Path, stage: str, settings, inputs: Mapping[str, list[Path]], code: str
+    ):
         self.output = output
         self.folder = output.parent
         self.stage = stage
-        self.settings = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else dict(settings)
+        self.settings = (
+            dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else dict(settings)
+        )
         self.code = code
         self.inputs = {
-            name: [{"path": str(path), "digest": input_digest(path)} for path in paths] for name, paths in inputs.items()
+            name: [{"path": str(path), "digest": input_digest(path)} for path in paths]
+            for name, paths in inputs.items()
         }
         digests = {name: [item["digest"] for item in items] for name, items in self.inputs.items()}
         self.fingerprint = sha256_text(to_json([stage, self.settings, code, digests]))
@@ -194,14 +203,22 @@ class Work:
 
         It comes back as it was if the body raises before it has touched that payload.
         """
-        withdrawn = {path: (path.read_bytes(), path.stat()) for path in (self.output, self.done_file) if path.is_file()}
+        withdrawn = {
+            path: (path.read_bytes(), path.stat())
+            for path in (self.output, self.done_file)
+            if path.is_file()
+        }
         before = self._state_of([content for content, _ in withdrawn.values()])
         for path in withdrawn:
             path.unlink()
         try:
             yield
         except BaseException:
-            if before and not self.finished and before == self._state_of([content for content, _ in withdrawn.values()]):
+            if (
+                before
+                and not self.finished
+                and before == self._state_of([content for content, _ in withdrawn.values()])
+            ):
                 for path, (content, status) in withdrawn.items():
                     write_atomic(path, content.decode())
                     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -234,12 +251,14 @@ class Work:
         with ThreadPoolExecutor(8) as pool:
             hashes = list(pool.map(sha256_file, paths)) if digest is None else [None] * len(paths)
         listing = {
-            str(path.relative_to(self.folder)): {"bytes": path.stat().st_size} | ({"sha256": value} if value else {})
+            str(path.relative_to(self.folder)): {"bytes": path.stat().st_size}
+            | ({"sha256": value} if value else {})
             for path, value in zip(paths, hashes, strict=True)
         }
         content = {
             "stage": self.stage,
-            "digest": digest or sha256_text(to_json({name: entry["sha256"] for name, entry in listing.items()})),
+            "digest": digest
+            or sha256_text(to_json({name: entry["sha256"] for name, entry in listing.items()})),
             "fingerprint": self.fingerprint,
             "settings": self.settings,
             "code": self.code,
@@ -253,7 +272,9 @@ class Work:
         text = to_json(content)
         write_atomic(self.done_file, text)
         write_atomic(self.output, text)
-        shutil.rmtree(self.folder / f".{self.output.stem}.partial-{self.fingerprint[:12]}", ignore_errors=True)
+        shutil.rmtree(
+            self.folder / f".{self.output.stem}.partial-{self.fingerprint[:12]}", ignore_errors=True
+        )
         self.finished = True
 
 
@@ -275,7 +296,12 @@ def telling_of_a_full_disk(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def making(
-    output: Path, *, stage: str, module: str, settings, inputs: Mapping[str, Path | Iterable[Path]] | None = None
+    output: Path,
+    *,
+    stage: str,
+    module: str,
+    settings,
+    inputs: Mapping[str, Path | Iterable[Path]] | None = None,
 ) -> Iterator[Work]:
     """Lock an output and yield the `Work` on it; `work.finished` is already True if equal work was found and adopted.
 
@@ -303,7 +329,9 @@ def making(
         work = Work(output, stage, settings, paths, code_fingerprint(module))
         work.remove_stale_partials()
         if work.adopt():
-            print(f"{output}: finished work with the same settings, code and inputs is there; adopted.")
+            print(
+                f"{output}: finished work with the same settings, code and inputs is there; adopted."
+            )
             yield work
             return
         with work.withdrawing_other_work(), telling_of_a_full_disk(work.folder):

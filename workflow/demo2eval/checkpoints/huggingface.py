@@ -120,45 +120,119 @@ def vision_rules(depth: int, heads: int) -> Iterator[Rule]:
         yield Rule(f"{block}/{ours}/scale", layer(f"{theirs}.weight"), depth, _same, _same)
         yield Rule(f"{block}/{ours}/bias", layer(f"{theirs}.bias"), depth, _same, _same)
     for ours, theirs in (("Dense_0", "fc1"), ("Dense_1", "fc2")):
-        yield Rule(f"{block}/MlpBlock_0/{ours}/kernel", layer(f"mlp.{theirs}.weight"), depth, _transposed, _transposed)
-        yield Rule(f"{block}/MlpBlock_0/{ours}/bias", layer(f"mlp.{theirs}.bias"), depth, _same, _same)
+        yield Rule(
+            f"{block}/MlpBlock_0/{ours}/kernel",
+            layer(f"mlp.{theirs}.weight"),
+            depth,
+            _transposed,
+            _transposed,
+        )
+        yield Rule(
+            f"{block}/MlpBlock_0/{ours}/bias", layer(f"mlp.{theirs}.bias"), depth, _same, _same
+        )
     attention = f"{block}/MultiHeadDotProductAttention_0"
     split = lambda array: array.reshape(heads, -1)  # noqa: E731
     for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        yield Rule(f"{attention}/{ours}/kernel", layer(f"self_attn.{theirs}.weight"), depth, *_vision_heads(heads))
-        yield Rule(f"{attention}/{ours}/bias", layer(f"self_attn.{theirs}.bias"), depth, split, np.ravel)
-    yield Rule(f"{attention}/out/kernel", layer("self_attn.out_proj.weight"), depth, *_heads_out(heads))
+        yield Rule(
+            f"{attention}/{ours}/kernel",
+            layer(f"self_attn.{theirs}.weight"),
+            depth,
+            *_vision_heads(heads),
+        )
+        yield Rule(
+            f"{attention}/{ours}/bias", layer(f"self_attn.{theirs}.bias"), depth, split, np.ravel
+        )
+    yield Rule(
+        f"{attention}/out/kernel", layer("self_attn.out_proj.weight"), depth, *_heads_out(heads)
+    )
     yield Rule(f"{attention}/out/bias", layer("self_attn.out_proj.bias"), depth, _same, _same)
-    yield Rule(f"{root}/Transformer/encoder_norm/scale", (VISION + "post_layernorm.weight",), None, _same, _same)
-    yield Rule(f"{root}/Transformer/encoder_norm/bias", (VISION + "post_layernorm.bias",), None, _same, _same)
+    yield Rule(
+        f"{root}/Transformer/encoder_norm/scale",
+        (VISION + "post_layernorm.weight",),
+        None,
+        _same,
+        _same,
+    )
+    yield Rule(
+        f"{root}/Transformer/encoder_norm/bias",
+        (VISION + "post_layernorm.bias",),
+        None,
+        _same,
+        _same,
+    )
     yield from dense_rules(f"{root}/head", TOWER + "multi_modal_projector.linear")
 
 
-def language_rules(root: str, suffix: str, depth: int, heads: int, kv_heads: int, adaptive: bool) -> Iterator[Rule]:
+def language_rules(
+    root: str, suffix: str, depth: int, heads: int, kv_heads: int, adaptive: bool
+) -> Iterator[Rule]:
     """One language tower."""
     ours = "PaliGemma/llm/layers"
-    layer = lambda *names: tuple(f"{root}layers.{index}.{name}" for index in range(depth) for name in names)  # noqa: E731
-    query, key_value = "self_attn.q_proj.weight", ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
+    layer = lambda *names: tuple(
+        f"{root}layers.{index}.{name}" for index in range(depth) for name in names
+    )  # noqa: E731
+    query, key_value = (
+        "self_attn.q_proj.weight",
+        ("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    )
     if heads == kv_heads:
-        yield Rule(f"{ours}/attn/qkv_einsum{suffix}/w", layer(query, *key_value), depth, *_heads_in(heads), parts=3)
+        yield Rule(
+            f"{ours}/attn/qkv_einsum{suffix}/w",
+            layer(query, *key_value),
+            depth,
+            *_heads_in(heads),
+            parts=3,
+        )
     else:
         yield Rule(f"{ours}/attn/q_einsum{suffix}/w", layer(query), depth, *_heads_in(heads))
-        yield Rule(f"{ours}/attn/kv_einsum{suffix}/w", layer(*key_value), depth, *_heads_in(kv_heads), parts=2)
-    yield Rule(f"{ours}/attn/attn_vec_einsum{suffix}/w", layer("self_attn.o_proj.weight"), depth, *_heads_out(heads))
+        yield Rule(
+            f"{ours}/attn/kv_einsum{suffix}/w",
+            layer(*key_value),
+            depth,
+            *_heads_in(kv_heads),
+            parts=2,
+        )
+    yield Rule(
+        f"{ours}/attn/attn_vec_einsum{suffix}/w",
+        layer("self_attn.o_proj.weight"),
+        depth,
+        *_heads_out(heads),
+    )
     gates = layer("mlp.gate_proj.weight", "mlp.up_proj.weight")
     yield Rule(f"{ours}/mlp{suffix}/gating_einsum", gates, depth, _transposed, _transposed, parts=2)
-    yield Rule(f"{ours}/mlp{suffix}/linear", layer("mlp.down_proj.weight"), depth, _transposed, _transposed)
-    norms = (("pre_attention_norm", "input_layernorm"), ("pre_ffw_norm", "post_attention_layernorm"))
+    yield Rule(
+        f"{ours}/mlp{suffix}/linear", layer("mlp.down_proj.weight"), depth, _transposed, _transposed
+    )
+    norms = (
+        ("pre_attention_norm", "input_layernorm"),
+        ("pre_ffw_norm", "post_attention_layernorm"),
+    )
     for name, theirs in norms:
         if adaptive:
-            yield Rule(f"{ours}/{name}{suffix}/Dense_0/kernel", layer(f"{theirs}.dense.weight"), depth, _transposed, _transposed)
-            yield Rule(f"{ours}/{name}{suffix}/Dense_0/bias", layer(f"{theirs}.dense.bias"), depth, _same, _same)
+            yield Rule(
+                f"{ours}/{name}{suffix}/Dense_0/kernel",
+                layer(f"{theirs}.dense.weight"),
+                depth,
+                _transposed,
+                _transposed,
+            )
+            yield Rule(
+                f"{ours}/{name}{suffix}/Dense_0/bias",
+                layer(f"{theirs}.dense.bias"),
+                depth,
+                _same,
+                _same,
+            )
         else:
-            yield Rule(f"{ours}/{name}{suffix}/scale", layer(f"{theirs}.weight"), depth, _same, _same)
+            yield Rule(
+                f"{ours}/{name}{suffix}/scale", layer(f"{theirs}.weight"), depth, _same, _same
+            )
     if adaptive:
         yield from dense_rules(f"PaliGemma/llm/final_norm{suffix}/Dense_0", f"{root}norm.dense")
     else:
-        yield Rule(f"PaliGemma/llm/final_norm{suffix}/scale", (f"{root}norm.weight",), None, _same, _same)
+        yield Rule(
+            f"PaliGemma/llm/final_norm{suffix}/scale", (f"{root}norm.weight",), None, _same, _same
+        )
 
 
 def rules_for(config: Pi0Config) -> list[Rule]:
@@ -166,13 +240,24 @@ def rules_for(config: Pi0Config) -> list[Rule]:
     language, expert = config.paligemma, config.action_expert
     projections = ["action_in_proj", "action_out_proj"]
     projections += (
-        ["time_mlp_in", "time_mlp_out"] if config.is_pi05 else ["state_proj", "action_time_mlp_in", "action_time_mlp_out"]
+        ["time_mlp_in", "time_mlp_out"]
+        if config.is_pi05
+        else ["state_proj", "action_time_mlp_in", "action_time_mlp_out"]
     )
     return [
         *vision_rules(config.siglip.depth, config.siglip.num_heads),
         Rule("PaliGemma/llm/embedder/input_embedding", (TIED_EMBEDDING,), None, _same, _same),
-        *language_rules(LANGUAGE, "", language.depth, language.num_heads, language.num_kv_heads, adaptive=False),
-        *language_rules(EXPERT, "_1", expert.depth, expert.num_heads, expert.num_kv_heads, adaptive=config.is_pi05),
+        *language_rules(
+            LANGUAGE, "", language.depth, language.num_heads, language.num_kv_heads, adaptive=False
+        ),
+        *language_rules(
+            EXPERT,
+            "_1",
+            expert.depth,
+            expert.num_heads,
+            expert.num_kv_heads,
+            adaptive=config.is_pi05,
+        ),
         *(rule for name in projections for rule in dense_rules(name, name)),
     ]
 
@@ -193,7 +278,9 @@ def huggingface_shapes(config: Pi0Config) -> Shapes:
     shapes, rules = {name: shape for name, (shape, _) in table(config).items()}, rules_for(config)
     if own := shapes.keys() - {rule.name for rule in rules}:
         kind = "LoRA arrays" if any("lora" in name for name in own) else "a continuous state token"
-        raise UserError(f"a model with {kind} has no form in safetensors; train without, or keep openpi's layout.")
+        raise UserError(
+            f"a model with {kind} has no form in safetensors; train without, or keep openpi's layout."
+        )
     wanted = {}
     for rule in rules:
         shape = rule.backward(np.empty(part_shape(rule, shapes[rule.name]), np.int8)).shape
@@ -216,9 +303,15 @@ def huggingface_sizes(found: Shapes) -> dict[str, int]:
         "siglip.mlp_dim": (f"{VISION}encoder.{layer}mlp.fc1.bias", 0),
     }
     sizes = measured(places, found)
-    for key, prefix in (("paligemma", LANGUAGE), ("action_expert", EXPERT), ("siglip", f"{VISION}encoder.")):
+    for key, prefix in (
+        ("paligemma", LANGUAGE),
+        ("action_expert", EXPERT),
+        ("siglip", f"{VISION}encoder."),
+    ):
         prefix = f"{prefix}layers."
-        if layers := {name.removeprefix(prefix).split(".")[0] for name in found if name.startswith(prefix)}:
+        if layers := {
+            name.removeprefix(prefix).split(".")[0] for name in found if name.startswith(prefix)
+        }:
             sizes[f"{key}.depth"] = len(layers)
     return sizes
 
@@ -234,12 +327,18 @@ def without_copies(tensors: dict[str, StoredTensor], source: Path) -> dict[str, 
     if embedding is None:
         return tensors
     head = tensors.setdefault(TIED_EMBEDDING, embedding)
-    if head is not embedding and not (head.shape == embedding.shape and np.array_equal(head.read(), embedding.read())):
-        raise UserError(f"{source} holds a {TIED_EMBEDDING} that is not {EMBEDDING}; in Pi0 and Pi0.5 they are one array.")
+    if head is not embedding and not (
+        head.shape == embedding.shape and np.array_equal(head.read(), embedding.read())
+    ):
+        raise UserError(
+            f"{source} holds a {TIED_EMBEDDING} that is not {EMBEDDING}; in Pi0 and Pi0.5 they are one array."
+        )
     return tensors
 
 
-def open_huggingface(source: Path, config: Pi0Config, dtype: np.dtype | None = None) -> dict[str, LazyArray]:
+def open_huggingface(
+    source: Path, config: Pi0Config, dtype: np.dtype | None = None
+) -> dict[str, LazyArray]:
     """Return a model's arrays by openpi's names, none of them read yet, from safetensors.
 
     Args:
@@ -254,12 +353,16 @@ def open_huggingface(source: Path, config: Pi0Config, dtype: np.dtype | None = N
     check_arrays(config, huggingface_shapes(config), found, source, huggingface_sizes(found))
     shapes = table(config)
     return {
-        rule.name: _joined(rule, shapes[rule.name][0], [tensors[name] for name in rule.sources], dtype)
+        rule.name: _joined(
+            rule, shapes[rule.name][0], [tensors[name] for name in rule.sources], dtype
+        )
         for rule in rules_for(config)
     }
 
 
-def _joined(rule: Rule, shape: tuple[int, ...], tensors: list[StoredTensor], dtype: np.dtype | None) -> LazyArray:
+def _joined(
+    rule: Rule, shape: tuple[int, ...], tensors: list[StoredTensor], dtype: np.dtype | None
+) -> LazyArray:
     """Return the array of `shape` that a rule makes of its tensors."""
     if dtype is None:
         # The tensors of an array that differ in type are kept in one that holds both.
@@ -269,14 +372,18 @@ def _joined(rule: Rule, shape: tuple[int, ...], tensors: list[StoredTensor], dty
         if rule.stack is None:
             return np.ascontiguousarray(rule.forward(tensors[0].read()), dtype)
         array = np.empty(shape, dtype)
-        for place, tensor in zip(array.reshape(len(tensors), *part_shape(rule, shape)), tensors, strict=True):
+        for place, tensor in zip(
+            array.reshape(len(tensors), *part_shape(rule, shape)), tensors, strict=True
+        ):
             place[...] = rule.forward(tensor.read())
         return array
 
     return LazyArray(shape, dtype, read)
 
 
-def from_huggingface(source: Path, folder: Path, config: Pi0Config, dtype: np.dtype | None = FLOAT32) -> None:
+def from_huggingface(
+    source: Path, folder: Path, config: Pi0Config, dtype: np.dtype | None = FLOAT32
+) -> None:
     """Write the weights of safetensors as `folder`, the `params` of an openpi checkpoint.
 
     Args:
@@ -289,7 +396,9 @@ def from_huggingface(source: Path, folder: Path, config: Pi0Config, dtype: np.dt
     save_lazily(folder, open_huggingface(source, config, dtype))
 
 
-def to_huggingface(params: Path, file: Path, config: Pi0Config, dtype: np.dtype | None = None) -> None:
+def to_huggingface(
+    params: Path, file: Path, config: Pi0Config, dtype: np.dtype | None = None
+) -> None:
     """Write the weights of an openpi checkpoint's `params` as one safetensors file, with the names of published base files.
 
     Args:
@@ -333,14 +442,33 @@ def _json_object(text: str) -> dict:
 
 def main() -> None:
     """Convert in one direction."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from-safetensors", type=Path, help="file, index or folder to read")
-    direction.add_argument("--to-safetensors", type=Path, help="checkpoint, a folder with params/, to read")
-    parser.add_argument("--variant", help="model variant, such as pi0 (default: what the checkpoint says it is, or pi05)")
-    parser.add_argument("--model-overrides", type=_json_object, default={}, help="fields of Pi0Config that differ, as JSON")
-    parser.add_argument("--dtype", choices=DTYPES, default="stored", help="type of the values written (default: stored)")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder or safetensors file to write")
+    direction.add_argument(
+        "--to-safetensors", type=Path, help="checkpoint, a folder with params/, to read"
+    )
+    parser.add_argument(
+        "--variant",
+        help="model variant, such as pi0 (default: what the checkpoint says it is, or pi05)",
+    )
+    parser.add_argument(
+        "--model-overrides",
+        type=_json_object,
+        default={},
+        help="fields of Pi0Config that differ, as JSON",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="stored",
+        help="type of the values written (default: stored)",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="checkpoint folder or safetensors file to write"
+    )
     arguments = parser.parse_args()
     config = config_of(arguments.to_safetensors, arguments.variant, arguments.model_overrides)
     dtype = DTYPES[arguments.dtype]

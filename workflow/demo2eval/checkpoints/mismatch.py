@@ -29,7 +29,10 @@ def listed(names: Iterable[str]) -> str:
         number = re.search(r"(?<=layers\.)\d+(?=\.)", name)
         pattern = re.sub(r"(?<=layers\.)\d+(?=\.)", "#", name, count=1)
         layers.setdefault(pattern, []).extend([int(number.group())] if number else [])
-    told = [pattern.replace("#", _span(numbers), 1) if numbers else pattern for pattern, numbers in layers.items()]
+    told = [
+        pattern.replace("#", _span(numbers), 1) if numbers else pattern
+        for pattern, numbers in layers.items()
+    ]
     if len(told) > NAMES_SHOWN:
         told = [*told[:OF_DOZENS], f"and {len(told) - OF_DOZENS} more"]
     return ", ".join(told).replace(", and ", " and ")
@@ -39,7 +42,11 @@ def _span(numbers: list[int]) -> str:
     first, last = min(numbers), max(numbers)
     if len(numbers) == 1:
         return str(first)
-    return f"{first}-{last}" if len(numbers) == last - first + 1 else ",".join(map(str, sorted(numbers)))
+    return (
+        f"{first}-{last}"
+        if len(numbers) == last - first + 1
+        else ",".join(map(str, sorted(numbers)))
+    )
 
 
 def family_of(names: Iterable[str]) -> str:
@@ -47,7 +54,9 @@ def family_of(names: Iterable[str]) -> str:
     names = set(names)
     if names & {"time_mlp_in/kernel", "time_mlp_in.weight"}:
         return "pi05"
-    return "pi0" if names & {"action_time_mlp_in/kernel", "action_time_mlp_in.weight"} else "unknown"
+    return (
+        "pi0" if names & {"action_time_mlp_in/kernel", "action_time_mlp_in.weight"} else "unknown"
+    )
 
 
 def check_params(config: Pi0Config, flat: dict[str, HasShape], source: Path) -> None:
@@ -57,10 +66,18 @@ def check_params(config: Pi0Config, flat: dict[str, HasShape], source: Path) -> 
         UserError: as `check_arrays`.
     """
     found = {name: tuple(value.shape) for name, value in flat.items()}
-    check_arrays(config, {name: shape for name, (shape, _) in table(config).items()}, found, source, sizes_of(found))
+    check_arrays(
+        config,
+        {name: shape for name, (shape, _) in table(config).items()},
+        found,
+        source,
+        sizes_of(found),
+    )
 
 
-def check_arrays(config: Pi0Config, wanted: Shapes, found: Shapes, source: Path, sizes: dict[str, int]) -> None:
+def check_arrays(
+    config: Pi0Config, wanted: Shapes, found: Shapes, source: Path, sizes: dict[str, int]
+) -> None:
     """Compare the shapes of arrays with those that a model needs.
 
     Args:
@@ -71,13 +88,17 @@ def check_arrays(config: Pi0Config, wanted: Shapes, found: Shapes, source: Path,
         UserError: names the arrays that are missing, left over or misshapen, and says what the file is and what to set.
     """
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    misshapen = sorted(name for name in wanted.keys() & found.keys() if tuple(found[name]) != tuple(wanted[name]))
+    misshapen = sorted(
+        name for name in wanted.keys() & found.keys() if tuple(found[name]) != tuple(wanted[name])
+    )
     shapes = [f"{name} {list(found[name])} instead of {list(wanted[name])}" for name in misshapen]
     wrong = {"missing": missing, "left over": extra, "misshapen": shapes}
     told = [f"{what} {listed(names)}" for what, names in wrong.items() if names]
     if told:
         advice = _advice(config, found, sizes)
-        raise UserError(f"{source} does not hold the weights of this {config.family} model: {'; '.join(told)}; {advice}.")
+        raise UserError(
+            f"{source} does not hold the weights of this {config.family} model: {'; '.join(told)}; {advice}."
+        )
 
 
 def _advice(config: Pi0Config, found: Shapes, sizes: dict[str, int]) -> str:
@@ -122,10 +143,21 @@ def sizes_of(found: Shapes) -> dict[str, int]:
         "siglip.patch_size": (f"{img}/embedding/kernel", 0),
     }
     for tower, suffix in (("paligemma", ""), ("action_expert", "_1")):
-        gates, out = f"{llm}/layers/mlp{suffix}/gating_einsum", f"{llm}/layers/attn/attn_vec_einsum{suffix}/w"
-        places |= {f"{tower}.{key}": (gates, axis) for key, axis in (("depth", 0), ("width", 2), ("mlp_dim", 3))}
-        places |= {f"{tower}.{key}": (out, axis) for key, axis in (("num_heads", 1), ("head_dim", 2))}
-        ranks = {"attention_rank": f"{llm}/layers/attn/q_einsum{suffix}/lora_a", "feed_forward_rank": f"{gates}_lora_a"}
+        gates, out = (
+            f"{llm}/layers/mlp{suffix}/gating_einsum",
+            f"{llm}/layers/attn/attn_vec_einsum{suffix}/w",
+        )
+        places |= {
+            f"{tower}.{key}": (gates, axis)
+            for key, axis in (("depth", 0), ("width", 2), ("mlp_dim", 3))
+        }
+        places |= {
+            f"{tower}.{key}": (out, axis) for key, axis in (("num_heads", 1), ("head_dim", 2))
+        }
+        ranks = {
+            "attention_rank": f"{llm}/layers/attn/q_einsum{suffix}/lora_a",
+            "feed_forward_rank": f"{gates}_lora_a",
+        }
         places |= {f"{tower}.lora.{key}": (name, 3) for key, name in ranks.items()}
         # With as many heads of keys and values as of queries, the three lie in one array.
         joined, apart = (f"{llm}/layers/attn/{kind}_einsum{suffix}/w" for kind in ("qkv", "kv"))
@@ -138,4 +170,8 @@ def sizes_of(found: Shapes) -> dict[str, int]:
 
 def measured(places: dict[str, tuple[str, int]], found: Shapes) -> dict[str, int]:
     """Return {key: length of an axis} for the arrays that are there; `places` says which axis of which array."""
-    return {key: found[name][axis] for key, (name, axis) in places.items() if axis < len(found.get(name, ()))}
+    return {
+        key: found[name][axis]
+        for key, (name, axis) in places.items()
+        if axis < len(found.get(name, ()))
+    }

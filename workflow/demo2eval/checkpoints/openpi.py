@@ -65,10 +65,13 @@ def save_lazily(path: Path, arrays: dict[str, LazyArray]) -> None:
         raise UserError(f"{path} exists; remove it or give another output.")
     tree = {"params": unflatten(arrays)}
     handlers = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, _OneByOne(deepcopy_host_arrays=False)), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (LazyArray, _OneByOne(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)) as checkpointer:
+    with ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
+    ) as checkpointer:
         checkpointer.save(Path(path).absolute(), args=ocp.args.PyTreeSave(tree, save_args=chunks))
 
 
@@ -100,7 +103,9 @@ def open_params(path: Path, config: Pi0Config) -> dict[str, LazyArray]:
         UserError: as `load_params`; an array that is damaged shows when it is read.
     """
     return {
-        name: LazyArray(tuple(leaf.shape), np.dtype(leaf.dtype), partial(_restore, Path(path), place, leaf))
+        name: LazyArray(
+            tuple(leaf.shape), np.dtype(leaf.dtype), partial(_restore, Path(path), place, leaf)
+        )
         for name, (place, leaf) in _describe(Path(path), config).items()
     }
 
@@ -110,7 +115,9 @@ def _describe(path: Path, config: Pi0Config | None) -> dict[str, tuple[str, obje
     if not path.is_dir():
         raise UserError(f"{path} does not exist; a checkpoint keeps its weights in <step>/params.")
     if not (path / "_METADATA").is_file():
-        raise UserError(f"{path} holds no weights, or not all of them: it has no file _METADATA; copy or make it again.")
+        raise UserError(
+            f"{path} holds no weights, or not all of them: it has no file _METADATA; copy or make it again."
+        )
     with _damage_is_told(path):
         _read_index(path)
         metadata = ocp.PyTreeCheckpointer().metadata(path.absolute()).item_metadata
@@ -128,7 +135,9 @@ def _describe(path: Path, config: Pi0Config | None) -> dict[str, tuple[str, obje
 def _read_index(path: Path) -> None:
     """Read what says where the arrays lie, which fails here with one error and in Orbax with one for each array."""
     if (path / "manifest.ocdbt").exists():
-        tensorstore.KvStore.open({"driver": "ocdbt", "base": path.absolute().as_uri() + "/"}).result().list().result()
+        tensorstore.KvStore.open(
+            {"driver": "ocdbt", "base": path.absolute().as_uri() + "/"}
+        ).result().list().result()
     elif not any(path.glob("params.*")):
         raise ValueError("manifest.ocdbt is missing")
 
@@ -140,7 +149,9 @@ def _restore(path: Path, name: str, leaf, dtype: np.dtype | None = None) -> np.n
             path.absolute(),
             ocp.args.PyTreeRestore(
                 item=unflatten({name: leaf}),
-                restore_args=unflatten({name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)}),
+                restore_args=unflatten(
+                    {name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)}
+                ),
                 partial_restore=True,
             ),
         )
@@ -153,4 +164,6 @@ def _damage_is_told(path: Path, what: str = "") -> Iterator[None]:
         yield
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{what}{path} cannot be read ({first_line}): it is incomplete; copy or make it again.") from error
+        raise UserError(
+            f"{what}{path} cannot be read ({first_line}): it is incomplete; copy or make it again."
+        ) from error

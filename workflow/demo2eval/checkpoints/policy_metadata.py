@@ -76,4 +76,6 @@ def read_description(checkpoint: Path) -> PolicyDescription:
     try:
         return PolicyDescription(**json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} was written by another version ({error}); make checkpoint 0 again.") from error
+        raise UserError(
+            f"{file} was written by another version ({error}); make checkpoint 0 again."
+        ) from error

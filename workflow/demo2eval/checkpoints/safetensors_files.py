@@ -31,7 +31,9 @@ class StoredTensor:
 
     def read(self) -> np.ndarray:
         """Return the values."""
-        raw = np.fromfile(self.file, np.uint8, math.prod(self.shape) * self.dtype.itemsize, offset=self.offset)
+        raw = np.fromfile(
+            self.file, np.uint8, math.prod(self.shape) * self.dtype.itemsize, offset=self.offset
+        )
         return raw.view(self.dtype).reshape(self.shape)
 
 
@@ -42,20 +44,26 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         UserError: if the file is missing, cut off, no safetensors file, or of numbers that are no weights.
     """
     if not file.is_file():
-        raise UserError(f"{file} does not exist; give a safetensors file, or the folder that holds it.")
+        raise UserError(
+            f"{file} does not exist; give a safetensors file, or the folder that holds it."
+        )
     size = file.stat().st_size
     with open(file, "rb") as content:
         length = int.from_bytes(content.read(8), "little")
         text = content.read(length) if length <= size else b""
     if size < 8 or length > size - 8:
-        raise UserError(f"{file} is cut off within its header, at {size} bytes, or is no safetensors file; copy it again.")
+        raise UserError(
+            f"{file} is cut off within its header, at {size} bytes, or is no safetensors file; copy it again."
+        )
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
         tensors = {name: _stored(file, 8 + length, name, entry) for name, entry in header.items()}
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} has a header that cannot be read ({error}); it is no safetensors file, or damaged.") from error
+        raise UserError(
+            f"{file} has a header that cannot be read ({error}); it is no safetensors file, or damaged."
+        ) from error
     if end > size:
         raise UserError(f"{file} is cut off: it holds {size} bytes of {end}; copy it again.")
     return tensors
@@ -94,7 +102,9 @@ def shards(source: Path) -> tuple[list[Path], dict[str, str]]:
     wrong = "does not exist"
     if source.is_dir():
         wrong = f"has {len(files) or 'no'} safetensors files{', none of them model.safetensors' if files else ''}"
-    raise UserError(f"{source} {wrong}; set model.weights to an openpi checkpoint, a folder with params/, or to safetensors.")
+    raise UserError(
+        f"{source} {wrong}; set model.weights to an openpi checkpoint, a folder with params/, or to safetensors."
+    )
 
 
 def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
@@ -105,7 +115,9 @@ def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
         raise UserError(f"{index} is no index of safetensors ({error}); copy it again.") from error
     if missing := [file.name for file in files if not file.is_file()]:
         arrays = sum(file in missing for file in places.values())
-        raise UserError(f"{index.parent} lacks {', '.join(missing)}, {arrays} of the {len(places)} arrays that {INDEX} lists.")
+        raise UserError(
+            f"{index.parent} lacks {', '.join(missing)}, {arrays} of the {len(places)} arrays that {INDEX} lists."
+        )
     return files, places
 
 
@@ -122,16 +134,24 @@ def open_tensors(source: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         header = read_header(file)
-        if absent := sorted(name for name, place in places.items() if place == file.name and name not in header):
-            raise UserError(f"{file} lacks {listed(absent)}, which {INDEX} says it holds; copy it again.")
+        if absent := sorted(
+            name for name, place in places.items() if place == file.name and name not in header
+        ):
+            raise UserError(
+                f"{file} lacks {listed(absent)}, which {INDEX} says it holds; copy it again."
+            )
         plain = {name.removeprefix("model."): tensor for name, tensor in header.items()}
         if twice := sorted(plain.keys() & tensors.keys()):
-            raise UserError(f"{source} holds {listed(twice)} twice; leave the files of one model in it.")
+            raise UserError(
+                f"{source} holds {listed(twice)} twice; leave the files of one model in it."
+            )
         tensors |= plain
     return tensors
 
 
-def write_tensors(file: Path, described: dict[str, tuple[np.dtype, tuple[int, ...]]], values: Iterable[np.ndarray]) -> None:
+def write_tensors(
+    file: Path, described: dict[str, tuple[np.dtype, tuple[int, ...]]], values: Iterable[np.ndarray]
+) -> None:
     """Write a safetensors file, under another name until it is whole.
 
     Args:

@@ -26,7 +26,14 @@ import numpy as np
 
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.data.lerobot_reader import IMAGE_PREFIX, PICTURE_AGE, to_array
-from demo2eval.data.lerobot_writer import KEY_FRAME_INTERVAL, PRESET, Format, Shard, histogram_stats, write_shard
+from demo2eval.data.lerobot_writer import (
+    KEY_FRAME_INTERVAL,
+    PRESET,
+    Format,
+    Shard,
+    histogram_stats,
+    write_shard,
+)
 from demo2eval.data.replayed import picture_findings, replayed_faults
 from demo2eval.data.trajectory import Finding, Recording, examine, refuse, sift
 from demo2eval.errors import UserError
@@ -38,7 +45,15 @@ ACTION_NAMES = {
     "pd_joint_pos": [*ARM, "gripper"],
     "pd_joint_delta_pos": [*(f"delta_{joint}" for joint in ARM), "gripper"],
     "pd_ee_delta_pos": ["delta_x", "delta_y", "delta_z", "gripper"],
-    "pd_ee_delta_pose": ["delta_x", "delta_y", "delta_z", "delta_rx", "delta_ry", "delta_rz", "gripper"],
+    "pd_ee_delta_pose": [
+        "delta_x",
+        "delta_y",
+        "delta_z",
+        "delta_rx",
+        "delta_ry",
+        "delta_rz",
+        "gripper",
+    ],
 }
 FILES_PER_CHUNK = 1000
 
@@ -102,7 +117,10 @@ def differences(recordings: list[Recording], cameras: list[str]) -> Iterator[lis
         for demonstration in recording.demonstrations:
             task = recording.description["env_info"]["env_id"]
             shapes = picture_shapes(recording.file, demonstration.name, cameras)
-            pictures = [f"{width} x {height} pictures of {camera}" for camera, (height, width, _) in shapes.items()]
+            pictures = [
+                f"{width} x {height} pictures of {camera}"
+                for camera, (height, width, _) in shapes.items()
+            ]
             kind = (task, demonstration.control_mode, *pictures)
             first = first or (recording.file, demonstration.name, kind)
             for one, wanted in zip(kind, first[2], strict=True):
@@ -117,21 +135,34 @@ def picture_shapes(source: Path, name: str, cameras: list[str]) -> dict[str, tup
     import h5py
 
     with h5py.File(source, "r") as file:
-        return {camera: file[f"{name}/obs/sensor_data/{camera}/rgb"].shape[1:] for camera in cameras}
+        return {
+            camera: file[f"{name}/obs/sensor_data/{camera}/rgb"].shape[1:] for camera in cameras
+        }
 
 
 def survey(recordings: list[Recording], settings: Settings) -> Source:
     """Give the demonstrations of all shards, as many as are wanted, their episodes and rows."""
     shards, taken = [], []
     for index, recording in enumerate(recordings):
-        here = recording.demonstrations[: None if settings.count is None else settings.count - len(taken)]
+        here = recording.demonstrations[
+            : None if settings.count is None else settings.count - len(taken)
+        ]
         if here:
-            names, lengths = tuple(one.name for one in here), tuple(len(one.actions) for one in here)
+            names, lengths = (
+                tuple(one.name for one in here),
+                tuple(len(one.actions) for one in here),
+            )
             rows = sum(len(one.actions) for one in taken)
             shards.append(Shard(index, recording.file, names, lengths, len(taken), rows))
         taken += here
     shapes = picture_shapes(shards[0].source, taken[0].name, settings.cameras)
-    return Source(shards, [one.seed for one in taken], taken[0].control_mode, taken[0].actions.shape[1], shapes)
+    return Source(
+        shards,
+        [one.seed for one in taken],
+        taken[0].control_mode,
+        taken[0].actions.shape[1],
+        shapes,
+    )
 
 
 def make_features(settings: Settings, source: Source) -> dict:
@@ -145,7 +176,11 @@ def make_features(settings: Settings, source: Source) -> dict:
         "observation.state": {"dtype": "float32", "shape": (len(state),), "names": state},
         PICTURE_AGE: {"dtype": "int64", "shape": (1,), "names": ["steps"]},
     } | {
-        IMAGE_PREFIX + camera: {"dtype": stored_as, "shape": tuple(shape), "names": ["height", "width", "channels"]}
+        IMAGE_PREFIX + camera: {
+            "dtype": stored_as,
+            "shape": tuple(shape),
+            "names": ["height", "width", "channels"],
+        }
         for camera, shape in source.picture_shapes.items()
     }
 
@@ -161,7 +196,9 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def write_shards(shards: list[Shard], wanted: Format, partial: Path, workers: int) -> Iterator[tuple[Shard, list[Finding]]]:
+def write_shards(
+    shards: list[Shard], wanted: Format, partial: Path, workers: int
+) -> Iterator[tuple[Shard, list[Finding]]]:
     """Write all shards with `workers` processes and yield each as it is finished, with what is wrong with its pictures."""
     from multiprocessing import active_children, get_context
 
@@ -181,7 +218,9 @@ def write_shards(shards: list[Shard], wanted: Format, partial: Path, workers: in
     def write(shard: Shard) -> list[Finding]:
         # A process of its own for each thread: one that crashes takes no other shard along, and is known to be this shard's.
         if not hasattr(here, "process"):
-            here.process = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
+            here.process = ProcessPoolExecutor(
+                1, mp_context=get_context("spawn"), initializer=_end_with_parent
+            )
         try:
             return here.process.submit(write_shard, shard, wanted, partial).result()
         except BrokenProcessPool:
@@ -228,7 +267,9 @@ def image_stats(counts: np.ndarray, pictures: int) -> dict[str, np.ndarray]:
     return histogram_stats(counts) | {"count": np.array([pictures])}
 
 
-def shard_stats(folder: Path, shard: Shard, cameras: list[str]) -> tuple[list[dict], dict[str, np.ndarray], dict]:
+def shard_stats(
+    folder: Path, shard: Shard, cameras: list[str]
+) -> tuple[list[dict], dict[str, np.ndarray], dict]:
     """Return (statistics of each episode, the numeric columns, histograms by camera) of a finished shard."""
     import pyarrow.parquet as pq
 
@@ -242,7 +283,10 @@ def shard_stats(folder: Path, shard: Shard, cameras: list[str]) -> tuple[list[di
         rows = slice(start, start + length)
         stats = {name: column_stats(values[rows]) for name, values in columns.items()}
         pictures = int((columns[PICTURE_AGE][rows] == 0).sum())
-        stats |= {IMAGE_PREFIX + camera: image_stats(counts[number], pictures) for camera, counts in histograms.items()}
+        stats |= {
+            IMAGE_PREFIX + camera: image_stats(counts[number], pictures)
+            for camera, counts in histograms.items()
+        }
         episodes.append(stats)
         start += length
     return episodes, columns, histograms
@@ -277,35 +321,57 @@ def assemble(work: Work, settings: Settings, source: Source, features: dict) -> 
     shutil.rmtree(root, ignore_errors=True)
     videos = settings.cameras if settings.image_storage == "video" else []
     meta = LeRobotDatasetMetadata.create(
-        "demo2eval/dataset", settings.fps, features, robot_type="panda", root=root, use_videos=bool(videos)
+        "demo2eval/dataset",
+        settings.fps,
+        features,
+        robot_type="panda",
+        root=root,
+        use_videos=bool(videos),
     )
     meta.save_episode_tasks([settings.prompt])
     for shard in source.shards:
         folder, place = work.partial / shard.folder_name, place_of(shard.index)
         link(folder / "data.parquet", root / meta.data_path.format(**place))
         for camera in videos:
-            link(folder / f"{camera}.mp4", root / meta.video_path.format(video_key=IMAGE_PREFIX + camera, **place))
+            link(
+                folder / f"{camera}.mp4",
+                root / meta.video_path.format(video_key=IMAGE_PREFIX + camera, **place),
+            )
     if videos:
-        encoder = {"vcodec": "h264", "pix_fmt": "yuv444p", "g": KEY_FRAME_INTERVAL, "crf": settings.video_crf, "preset": PRESET}
+        encoder = {
+            "vcodec": "h264",
+            "pix_fmt": "yuv444p",
+            "g": KEY_FRAME_INTERVAL,
+            "crf": settings.video_crf,
+            "preset": PRESET,
+        }
         meta.update_video_info(video_encoder=VideoEncoderConfig(**encoder))
     all_columns, all_histograms = [], []
     for shard in source.shards:
-        episodes, columns, histograms = shard_stats(work.partial / shard.folder_name, shard, settings.cameras)
+        episodes, columns, histograms = shard_stats(
+            work.partial / shard.folder_name, shard, settings.cameras
+        )
         save_episodes(meta, shard, episodes, settings, videos)
         all_columns.append(columns)
         all_histograms.append({camera: counts.sum(axis=0) for camera, counts in histograms.items()})
     meta.finalize()
-    columns = {name: np.concatenate([part[name] for part in all_columns]) for name in all_columns[0]}
+    columns = {
+        name: np.concatenate([part[name] for part in all_columns]) for name in all_columns[0]
+    }
     pictures = int((columns[PICTURE_AGE] == 0).sum())
     stats = {name: column_stats(values) for name, values in columns.items()}
     for camera in settings.cameras:
-        stats[IMAGE_PREFIX + camera] = image_stats(sum(part[camera] for part in all_histograms), pictures)
+        stats[IMAGE_PREFIX + camera] = image_stats(
+            sum(part[camera] for part in all_histograms), pictures
+        )
     write_info(meta.info, root)
     write_stats(stats, root)
     return {"episodes": meta.total_episodes, "frames": meta.total_frames, "pictures": pictures}
 
 
-def save_episodes(meta, shard: Shard, stats: list[dict], settings: Settings, videos: list[str]) -> None:
+def save_episodes(
+    meta, shard: Shard, stats: list[dict], settings: Settings, videos: list[str]
+) -> None:
     """Enter a shard's episodes into the metadata: where their rows and video frames begin and end."""
     place, start = place_of(shard.index), 0
     for number, length in enumerate(shard.lengths):
@@ -313,8 +379,13 @@ def save_episodes(meta, shard: Shard, stats: list[dict], settings: Settings, vid
         for camera in videos:
             prefix = f"videos/{IMAGE_PREFIX}{camera}"
             where |= {f"{prefix}/{key}": value for key, value in place.items()}
-            where |= {f"{prefix}/from_timestamp": start / settings.fps, f"{prefix}/to_timestamp": (start + length) / settings.fps}
-        meta.save_episode(shard.first_episode + number, length, [settings.prompt], stats[number], where)
+            where |= {
+                f"{prefix}/from_timestamp": start / settings.fps,
+                f"{prefix}/to_timestamp": (start + length) / settings.fps,
+            }
+        meta.save_episode(
+            shard.first_episode + number, length, [settings.prompt], stats[number], where
+        )
         start += length
 
 
@@ -328,8 +399,16 @@ def dataset(settings: Settings, replays: list[Path], output: Path, *, workers: i
         UserError: if a shard is damaged, incomplete or unlike the others, or a setting is unknown.
     """
     if settings.image_storage not in ("video", "png"):
-        raise UserError(f"dataset.image_storage is {settings.image_storage!r}; it may be 'video' or 'png'.")
-    with making(output, stage="dataset", module=__spec__.name, settings=settings, inputs={"replays": replays}) as work:
+        raise UserError(
+            f"dataset.image_storage is {settings.image_storage!r}; it may be 'video' or 'png'."
+        )
+    with making(
+        output,
+        stage="dataset",
+        module=__spec__.name,
+        settings=settings,
+        inputs={"replays": replays},
+    ) as work:
         if not work.finished:
             _make(settings, [Path(replay) for replay in replays], work, workers)
 
@@ -352,7 +431,10 @@ def _make(settings: Settings, replays: list[Path], work: Work, workers: int) -> 
     psnr = worst_psnr(source.shards, work.partial) if settings.image_storage == "video" else None
     counts = assemble(work, settings, source, features)
     if settings.count is not None and counts["episodes"] < settings.count:
-        print(f"only {counts['episodes']} of {settings.count} demonstrations are there", file=sys.stderr)
+        print(
+            f"only {counts['episodes']} of {settings.count} demonstrations are there",
+            file=sys.stderr,
+        )
     final = work.folder / "lerobot"
     shutil.rmtree(final, ignore_errors=True)
     (work.partial / "lerobot").rename(final)
@@ -388,18 +470,36 @@ def make_format(settings: Settings, features: dict) -> Format:
 
 def worst_psnr(shards: list[Shard], partial: Path) -> dict[str, float]:
     """Return the lowest PSNR, dB, that was measured of each camera in any shard."""
-    measured = [json.loads((partial / shard.folder_name / "psnr.json").read_text()) for shard in shards]
+    measured = [
+        json.loads((partial / shard.folder_name / "psnr.json").read_text()) for shard in shards
+    ]
     return {camera: round(min(item[camera] for item in measured), 2) for camera in measured[0]}
 
 
 def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__, Settings)
-    parser.add_argument("--inputs", type=Path, nargs="+", required=True, help="manifests of replayed shards, in order")
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write; the dataset is made beside it")
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="manifests of replayed shards, in order",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="manifest to write; the dataset is made beside it",
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     arguments = parser.parse_args()
-    dataset(settings_from(arguments, Settings), arguments.inputs, arguments.output, workers=arguments.workers)
+    dataset(
+        settings_from(arguments, Settings),
+        arguments.inputs,
+        arguments.output,
+        workers=arguments.workers,
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ def archive_address(task: str) -> str:
 
     find_task(task)
     if task not in DATASET_SOURCES:
-        raise UserError(f"ManiSkill has published no demonstrations of {task}; set demos.source to plan.")
+        raise UserError(
+            f"ManiSkill has published no demonstrations of {task}; set demos.source to plan."
+        )
     return DATASET_SOURCES[task].raw_dataset_url
 
 
@@ -41,12 +43,16 @@ def download(address: str, file: Path) -> None:
     try:
         with urllib.request.urlopen(address, timeout=60) as response, open(file, "wb") as archive:
             total = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, unit="B", unit_scale=True, mininterval=2, desc="downloading") as bar:
+            with tqdm(
+                total=total, unit="B", unit_scale=True, mininterval=2, desc="downloading"
+            ) as bar:
                 while block := response.read(1 << 20):
                     archive.write(block)
                     bar.update(len(block))
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise UserError(f"{address} cannot be downloaded ({error}); check the network, or set demos.source to plan.") from error
+        raise UserError(
+            f"{address} cannot be downloaded ({error}); check the network, or set demos.source to plan."
+        ) from error
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -57,10 +63,18 @@ def unpack(archive: Path, folder: Path) -> Path:
     """
     try:
         with zipfile.ZipFile(archive) as content:
-            names = [name for name in content.namelist() if "motionplanning/" in name and name.endswith((".h5", ".json"))]
-            trajectories = sorted(name for name in names if name.endswith(".h5") and name[:-3] + ".json" in names)
+            names = [
+                name
+                for name in content.namelist()
+                if "motionplanning/" in name and name.endswith((".h5", ".json"))
+            ]
+            trajectories = sorted(
+                name for name in names if name.endswith(".h5") and name[:-3] + ".json" in names
+            )
             if not trajectories:
-                raise UserError(f"{archive} holds no trajectory of the motion planner; download it again.")
+                raise UserError(
+                    f"{archive} holds no trajectory of the motion planner; download it again."
+                )
             for name in (trajectories[0], trajectories[0][:-3] + ".json"):
                 content.extract(name, folder)
     except zipfile.BadZipFile:
@@ -79,13 +93,19 @@ def download_demos(settings: Settings, output: Path) -> None:
         facts = copy_demonstrations(source, settings, work.partial)
         for name in ("trajectory.h5", "trajectory.json"):
             (work.partial / name).replace(work.folder / name)
-        work.finish([work.folder / "trajectory.h5", work.folder / "trajectory.json"], source=address, **facts)
+        work.finish(
+            [work.folder / "trajectory.h5", work.folder / "trajectory.json"],
+            source=address,
+            **facts,
+        )
 
 
 def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__, Settings)
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write, .../shard-000/manifest.json")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="manifest to write, .../shard-000/manifest.json"
+    )
     arguments = parser.parse_args()
     download_demos(settings_from(arguments, Settings), arguments.output)
 

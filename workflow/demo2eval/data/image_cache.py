@@ -83,8 +83,12 @@ def decode_video(file: Path, frames: np.ndarray) -> Iterator[np.ndarray]:
                     if target is None:
                         return
     except av.FFmpegError as error:
-        raise UserError(f"{file} cannot be decoded ({error}); delete the dataset's manifest and make it again.") from error
-    raise UserError(f"{file} ends before frame {target}; delete the dataset's manifest and make it again.")
+        raise UserError(
+            f"{file} cannot be decoded ({error}); delete the dataset's manifest and make it again."
+        ) from error
+    raise UserError(
+        f"{file} ends before frame {target}; delete the dataset's manifest and make it again."
+    )
 
 
 def decode_png(file: Path, key: str, frames: np.ndarray) -> Iterator[np.ndarray]:
@@ -99,7 +103,9 @@ def decode_png(file: Path, key: str, frames: np.ndarray) -> Iterator[np.ndarray]
         column = reader.read_row_group(group, columns=[key]).column(key)
         inside = frames[(frames >= start) & (frames < start + len(column))] - start
         for index in inside:
-            yield np.asarray(Image.open(io.BytesIO(column[int(index)].as_py()["bytes"])).convert("RGB"))
+            yield np.asarray(
+                Image.open(io.BytesIO(column[int(index)].as_py()["bytes"])).convert("RGB")
+            )
         start += len(column)
 
 
@@ -132,9 +138,15 @@ def fill(part: Part, array: np.ndarray, folder: Path, resized_to: int | None) ->
     if done.exists():
         return
     key = IMAGE_PREFIX + part.camera
-    pictures = decode_video(part.file, part.frames) if part.file.suffix == ".mp4" else decode_png(part.file, key, part.frames)
+    pictures = (
+        decode_video(part.file, part.frames)
+        if part.file.suffix == ".mp4"
+        else decode_png(part.file, key, part.frames)
+    )
     for look, picture in zip(part.looks, pictures, strict=True):
-        array[look] = picture if resized_to is None else resize_with_pad(picture, resized_to, resized_to)
+        array[look] = (
+            picture if resized_to is None else resize_with_pad(picture, resized_to, resized_to)
+        )
     array.flush()
     done.touch()
 
@@ -163,7 +175,13 @@ def training_cache(settings: Settings, dataset: Path, output: Path, *, workers: 
     Raises:
         UserError: if the dataset is damaged or holds NaN or infinity.
     """
-    with making(output, stage="training_cache", module=__spec__.name, settings=settings, inputs={"dataset": dataset}) as work:
+    with making(
+        output,
+        stage="training_cache",
+        module=__spec__.name,
+        settings=settings,
+        inputs={"dataset": dataset},
+    ) as work:
         if not work.finished:
             _make(settings, Path(dataset), work, workers)
 
@@ -174,7 +192,9 @@ def _make(settings: Settings, dataset: Path, work: Work, workers: int) -> None:
     root = dataset_root(dataset)
     info = read_info(root)
     columns = read_columns(root, [*VECTORS.values(), PICTURE_AGE, "episode_index"])
-    check_finite({name: columns[name] for name in VECTORS.values()}, columns["episode_index"], str(root))
+    check_finite(
+        {name: columns[name] for name in VECTORS.values()}, columns["episode_index"], str(root)
+    )
     is_look = columns[PICTURE_AGE] == 0
     looks = int(is_look.sum())
     for name, column in VECTORS.items():
@@ -187,8 +207,12 @@ def _make(settings: Settings, dataset: Path, work: Work, workers: int) -> None:
     for key in image_keys(info):
         shape = cached_shape(info, key, settings.image_size)
         array = open_array(work.partial, key.removeprefix(IMAGE_PREFIX), (looks, *shape, 3))
-        resized_to = settings.image_size if shape != tuple(info["features"][key]["shape"][:2]) else None
-        tasks += [(part, array, work.partial, resized_to) for part in parts_of(root, info, key, is_look)]
+        resized_to = (
+            settings.image_size if shape != tuple(info["features"][key]["shape"][:2]) else None
+        )
+        tasks += [
+            (part, array, work.partial, resized_to) for part in parts_of(root, info, key, is_look)
+        ]
     bar = tqdm(total=looks * len(image_keys(info)), unit="picture", mininterval=2, desc="decoding")
     with ThreadPoolExecutor(max(1, workers)) as pool, bar:
         futures = {pool.submit(fill, *task): task[0] for task in tasks}
@@ -196,7 +220,10 @@ def _make(settings: Settings, dataset: Path, work: Work, workers: int) -> None:
             future.result()
             bar.update(len(futures[future].looks))
     seconds = time.monotonic() - started
-    print(f"decoded {looks} pictures of {len(image_keys(info))} cameras in {seconds:.1f} s", file=sys.stderr)
+    print(
+        f"decoded {looks} pictures of {len(image_keys(info))} cameras in {seconds:.1f} s",
+        file=sys.stderr,
+    )
 
     arrays = sorted(work.partial.glob("*.npy"))
     files = [path.rename(work.folder / path.name) for path in arrays]
@@ -207,10 +234,20 @@ def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__, Settings)
     parser.add_argument("--input", type=Path, required=True, help="manifest of the dataset")
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write; the arrays are made beside it")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="manifest to write; the arrays are made beside it",
+    )
     parser.add_argument("--workers", type=int, default=1, help="threads (default: 1)")
     arguments = parser.parse_args()
-    training_cache(settings_from(arguments, Settings), arguments.input, arguments.output, workers=arguments.workers)
+    training_cache(
+        settings_from(arguments, Settings),
+        arguments.input,
+        arguments.output,
+        workers=arguments.workers,
+    )
 
 
 if __name__ == "__main__":

@@ -34,34 +34,51 @@ def copy_demonstrations(source: Path, settings: Settings, folder: Path) -> dict:
 
     from demo2eval.data.hdf5 import NewFile
 
-    demonstrations, description, skipped = sound_demonstrations(source, settings.task, settings.on_invalid)
+    demonstrations, description, skipped = sound_demonstrations(
+        source, settings.task, settings.on_invalid
+    )
     episodes = description["episodes"][: settings.count]
     with h5py.File(source, "r") as content, NewFile(folder / "trajectory.h5") as file:
         for episode in episodes:
             content.copy(f"traj_{episode['episode_id']}", file)
-    write_atomic(folder / "trajectory.json", json.dumps(description | {"episodes": episodes}, indent=1))
+    write_atomic(
+        folder / "trajectory.json", json.dumps(description | {"episodes": episodes}, indent=1)
+    )
     kept = demonstrations[: settings.count]
     seeds = [demonstration.seed for demonstration in kept]
-    return {"demonstrations": len(kept), "found": len(demonstrations), "seeds": seeds, "skipped": skipped}
+    return {
+        "demonstrations": len(kept),
+        "found": len(demonstrations),
+        "seeds": seeds,
+        "skipped": skipped,
+    }
 
 
 def import_demos(settings: Settings, source: Path, output: Path) -> None:
     """Import demonstrations from the file `source` and write the manifest `output`."""
     inputs = {"trajectories": source, "description": source.with_suffix(".json")}
-    with making(output, stage="import_demos", module=__spec__.name, settings=settings, inputs=inputs) as work:
+    with making(
+        output, stage="import_demos", module=__spec__.name, settings=settings, inputs=inputs
+    ) as work:
         if work.finished:
             return
         facts = copy_demonstrations(source, settings, work.partial)
         for name in ("trajectory.h5", "trajectory.json"):
             (work.partial / name).replace(work.folder / name)
-        work.finish([work.folder / "trajectory.h5", work.folder / "trajectory.json"], source=str(source), **facts)
+        work.finish(
+            [work.folder / "trajectory.h5", work.folder / "trajectory.json"],
+            source=str(source),
+            **facts,
+        )
 
 
 def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__, Settings)
     parser.add_argument("--input", type=Path, required=True, help="trajectory file, .h5")
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write, .../shard-000/manifest.json")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="manifest to write, .../shard-000/manifest.json"
+    )
     arguments = parser.parse_args()
     import_demos(settings_from(arguments, Settings), arguments.input, arguments.output)
 

@@ -45,13 +45,17 @@ def read_info(root: Path) -> dict:
         raise UserError(f"{path} does not exist; {root} is not a LeRobot dataset, make it again.")
     info = json.loads(path.read_text(encoding="utf-8"))
     if info.get("codebase_version") != "v3.0":
-        raise UserError(f"{path} says format {info.get('codebase_version')!r}; convert the dataset to LeRobot v3.0.")
+        raise UserError(
+            f"{path} says format {info.get('codebase_version')!r}; convert the dataset to LeRobot v3.0."
+        )
     return info
 
 
 def image_keys(info: dict) -> list[str]:
     """Return the names of the columns that hold pictures, such as observation.images.base_camera."""
-    return [name for name, feature in info["features"].items() if feature["dtype"] in ("image", "video")]
+    return [
+        name for name, feature in info["features"].items() if feature["dtype"] in ("image", "video")
+    ]
 
 
 def dimension_names(info: dict, column: str) -> list[str]:
@@ -72,7 +76,9 @@ def to_array(column: pa.ChunkedArray) -> np.ndarray:
     """Return a column as [rows] or, for a vector column, [rows, dimensions]."""
     array = column.combine_chunks()
     if pa.types.is_fixed_size_list(array.type):
-        return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
+        return (
+            array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
+        )
     if pa.types.is_list(array.type):
         return np.stack(array.to_numpy(zero_copy_only=False))
     return array.to_numpy(zero_copy_only=False)
@@ -89,7 +95,9 @@ def read_columns(root: Path, names: list[str]) -> dict[str, np.ndarray]:
         try:
             tables.append(pq.read_table(file, columns=names))
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{file} cannot be read ({error}); delete the dataset's manifest and make it again.") from error
+            raise UserError(
+                f"{file} cannot be read ({error}); delete the dataset's manifest and make it again."
+            ) from error
         if missing := set(names) - set(tables[-1].column_names):
             raise UserError(f"{file} has no column {sorted(missing)[0]!r}; make the dataset again.")
     table = pa.concat_tables(tables)
@@ -130,18 +138,32 @@ def video_rows(root: Path, info: dict, key: str) -> list[VideoRows]:
     stored_as = "video" if info["features"][key]["dtype"] == "video" else "data"
     prefix = f"videos/{key}/" if stored_as == "video" else "data/"
     chunk, file = f"{prefix}chunk_index", f"{prefix}file_index"
-    episodes = episode_table(root, [*places, chunk, file, *([f"{prefix}from_timestamp"] if stored_as == "video" else [])])
+    episodes = episode_table(
+        root, [*places, chunk, file, *([f"{prefix}from_timestamp"] if stored_as == "video" else [])]
+    )
     found: dict[tuple[int, int], list] = {}
     for index in range(len(episodes[chunk])):
         rows = np.arange(episodes["dataset_from_index"][index], episodes["dataset_to_index"][index])
-        found.setdefault((int(episodes[chunk][index]), int(episodes[file][index])), []).append((index, rows))
+        found.setdefault((int(episodes[chunk][index]), int(episodes[file][index])), []).append(
+            (index, rows)
+        )
     result = []
     for (chunk_index, file_index), members in found.items():
-        path = root / info[f"{stored_as}_path"].format(video_key=key, chunk_index=chunk_index, file_index=file_index)
+        path = root / info[f"{stored_as}_path"].format(
+            video_key=key, chunk_index=chunk_index, file_index=file_index
+        )
         rows = np.concatenate([rows for _, rows in members])
         if stored_as == "video":
-            first = [round(float(episodes[f"{prefix}from_timestamp"][index]) * info["fps"]) for index, _ in members]
-            frames = np.concatenate([start + np.arange(len(rows)) for start, (_, rows) in zip(first, members, strict=True)])
+            first = [
+                round(float(episodes[f"{prefix}from_timestamp"][index]) * info["fps"])
+                for index, _ in members
+            ]
+            frames = np.concatenate(
+                [
+                    start + np.arange(len(rows))
+                    for start, (_, rows) in zip(first, members, strict=True)
+                ]
+            )
         else:
             frames = rows - rows[0]
         result.append(VideoRows(path, rows, frames))

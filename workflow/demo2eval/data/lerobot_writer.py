@@ -76,7 +76,10 @@ class Format:
 
 def read_state(group, parts: tuple[str, ...], length: int) -> np.ndarray:
     """Return the state vector before each action, float32 [length, state dim]; the observation after the last is dropped."""
-    places = {part: f"obs/agent/{part}" if f"obs/agent/{part}" in group else f"obs/extra/{part}" for part in parts}
+    places = {
+        part: f"obs/agent/{part}" if f"obs/agent/{part}" in group else f"obs/extra/{part}"
+        for part in parts
+    }
     return state_vector(parts, {part: group[place][:length] for part, place in places.items()})
 
 
@@ -102,10 +105,14 @@ def pictures_of_rows(group, camera: str, index: np.ndarray) -> np.ndarray:
 
 def histogram(pictures: np.ndarray) -> np.ndarray:
     """Return how often each channel has each value, int64 [3, 256], of pictures uint8 [n, h, w, 3]."""
-    return np.stack([np.bincount(pictures[..., channel].ravel(), minlength=256) for channel in range(3)])
+    return np.stack(
+        [np.bincount(pictures[..., channel].ravel(), minlength=256) for channel in range(3)]
+    )
 
 
-def demonstrations(shard: Shard, wanted: Format) -> Iterator[tuple[int, object, np.ndarray, np.ndarray]]:
+def demonstrations(
+    shard: Shard, wanted: Format
+) -> Iterator[tuple[int, object, np.ndarray, np.ndarray]]:
     """Yield (number in the shard, HDF5 group, index of each row's picture, its age) of a shard's demonstrations.
 
     Raises:
@@ -115,12 +122,16 @@ def demonstrations(shard: Shard, wanted: Format) -> Iterator[tuple[int, object, 
 
     try:
         with h5py.File(shard.source, "r") as file:
-            for number, (name, length) in enumerate(zip(shard.trajectories, shard.lengths, strict=True)):
+            for number, (name, length) in enumerate(
+                zip(shard.trajectories, shard.lengths, strict=True)
+            ):
                 group = file[name]
                 index, age = picture_of_row(group, wanted.cameras, length)
                 yield number, group, index, age
     except OSError as error:
-        raise UserError(f"{shard.source} cannot be read ({error}); delete its manifest and replay it again.") from error
+        raise UserError(
+            f"{shard.source} cannot be read ({error}); delete its manifest and replay it again."
+        ) from error
 
 
 def write_video(path: Path, shard: Shard, camera: str, wanted: Format) -> np.ndarray:
@@ -132,7 +143,12 @@ def write_video(path: Path, shard: Shard, camera: str, wanted: Format) -> np.nda
 
     histograms, row = [], 0
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        options = {"crf": str(wanted.video_crf), "preset": PRESET, "g": str(KEY_FRAME_INTERVAL), "bf": "0"}
+        options = {
+            "crf": str(wanted.video_crf),
+            "preset": PRESET,
+            "g": str(KEY_FRAME_INTERVAL),
+            "bf": "0",
+        }
         stream = None
         for _, group, index, _ in demonstrations(shard, wanted):
             pictures = pictures_of_rows(group, camera, index)
@@ -145,7 +161,9 @@ def write_video(path: Path, shard: Shard, camera: str, wanted: Format) -> np.nda
             shown = -1
             for picture in index:
                 if picture != shown:
-                    frame = av.VideoFrame.from_ndarray(pictures[picture], format="rgb24").reformat(format="yuv444p")
+                    frame = av.VideoFrame.from_ndarray(pictures[picture], format="rgb24").reformat(
+                        format="yuv444p"
+                    )
                     shown = picture
                 frame.pts = row
                 row += 1
@@ -165,7 +183,9 @@ def encode_png(picture: np.ndarray) -> bytes:
 
 def vectors(values: np.ndarray) -> pa.FixedSizeListArray:
     """Return [n, d] as an arrow column of lists of length d."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).ravel()), values.shape[1])
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(np.ascontiguousarray(values).ravel()), values.shape[1]
+    )
 
 
 def write_rows(path: Path, shard: Shard, wanted: Format) -> dict[str, np.ndarray]:
@@ -194,9 +214,12 @@ def write_rows(path: Path, shard: Shard, wanted: Format) -> dict[str, np.ndarray
                     histograms[camera].append(histogram(pictures))
                     encoded = [encode_png(picture) for picture in pictures]
                     arrays[IMAGE_PREFIX + camera] = pa.array(
-                        [{"bytes": encoded[one], "path": None} for one in index], wanted.schema.field(IMAGE_PREFIX + camera).type
+                        [{"bytes": encoded[one], "path": None} for one in index],
+                        wanted.schema.field(IMAGE_PREFIX + camera).type,
                     )
-            writer.write_table(pa.table([arrays[name] for name in wanted.schema.names], schema=wanted.schema))
+            writer.write_table(
+                pa.table([arrays[name] for name in wanted.schema.names], schema=wanted.schema)
+            )
             row += length
     return {camera: np.stack(items) for camera, items in histograms.items() if items}
 
@@ -212,7 +235,9 @@ def video_psnr(path: Path, shard: Shard, camera: str, wanted: Format) -> float:
     with av.open(str(path)) as container:
         for row, frame in zip(range(len(index)), container.decode(video=0), strict=False):
             if age[row] == 0:
-                difference = frame.to_ndarray(format="rgb24").astype(np.float32) - pictures[index[row]]
+                difference = (
+                    frame.to_ndarray(format="rgb24").astype(np.float32) - pictures[index[row]]
+                )
                 errors.append(np.mean(difference**2))
     return float(10 * np.log10(255**2 / max(np.mean(errors), 1e-9)))
 
@@ -248,8 +273,14 @@ def write_files(folder: Path, shard: Shard, wanted: Format) -> None:
     """Write a shard's files into an empty folder; see `write_shard`."""
     histograms = write_rows(folder / "data.parquet", shard, wanted)
     if wanted.video_crf is not None:
-        histograms = {camera: write_video(folder / f"{camera}.mp4", shard, camera, wanted) for camera in wanted.cameras}
-        psnr = {camera: video_psnr(folder / f"{camera}.mp4", shard, camera, wanted) for camera in wanted.cameras}
+        histograms = {
+            camera: write_video(folder / f"{camera}.mp4", shard, camera, wanted)
+            for camera in wanted.cameras
+        }
+        psnr = {
+            camera: video_psnr(folder / f"{camera}.mp4", shard, camera, wanted)
+            for camera in wanted.cameras
+        }
         (folder / "psnr.json").write_text(json.dumps(psnr))
     for camera, values in histograms.items():
         np.save(folder / f"histogram_{camera}.npy", values)
@@ -268,5 +299,7 @@ def histogram_stats(counts: np.ndarray) -> dict[str, np.ndarray]:
         "std": np.sqrt((counts * (values - mean[:, None]) ** 2).sum(axis=1) / total),
     }
     for percent in (1, 10, 50, 90, 99):
-        stats[f"q{percent:02d}"] = values[np.argmax(cumulative >= percent / 100 * total[:, None], axis=1)]
+        stats[f"q{percent:02d}"] = values[
+            np.argmax(cumulative >= percent / 100 * total[:, None], axis=1)
+        ]
     return {name: value.reshape(3, 1, 1) for name, value in stats.items()}

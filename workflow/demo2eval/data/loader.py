@@ -38,7 +38,12 @@ def looks_of(step: int, batch_size: int, seed: int, looks: int) -> np.ndarray:
     """Return the looks of a step's batch, int64 [batch_size]."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, places = np.divmod(positions, looks)
-    return np.concatenate([epoch_order(seed, int(epoch), looks)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+    return np.concatenate(
+        [
+            epoch_order(seed, int(epoch), looks)[places[epochs == epoch]]
+            for epoch in np.unique(epochs)
+        ]
+    )
 
 
 class Prompt:
@@ -46,16 +51,25 @@ class Prompt:
 
     def __init__(self, tokenizer, text: str, max_token_len: int, with_state: bool):
         """Take a `Tokenizer`, the instruction, the length to pad to, and whether the normalised state is written into the prompt."""
-        self._tokenizer, self._text, self._length, self._with_state = tokenizer, text, max_token_len, with_state
+        self._tokenizer, self._text, self._length, self._with_state = (
+            tokenizer,
+            text,
+            max_token_len,
+            with_state,
+        )
         self._fixed = None if with_state else tokenizer.tokenize(text, None, max_token_len)
 
     def __call__(self, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens int32 [b, l], mask bool [b, l]) for normalised, unpadded states [b, state dim]."""
         if self._fixed is not None:
             tokens, mask = self._fixed
-            return np.tile(np.asarray(tokens, np.int32), (len(state), 1)), np.tile(np.asarray(mask, bool), (len(state), 1))
+            return np.tile(np.asarray(tokens, np.int32), (len(state), 1)), np.tile(
+                np.asarray(mask, bool), (len(state), 1)
+            )
         pairs = [self._tokenizer.tokenize(self._text, one, self._length) for one in state]
-        return np.array([tokens for tokens, _ in pairs], np.int32), np.array([mask for _, mask in pairs], bool)
+        return np.array([tokens for tokens, _ in pairs], np.int32), np.array(
+            [mask for _, mask in pairs], bool
+        )
 
 
 class TrainingData:
@@ -99,13 +113,22 @@ class TrainingData:
         """
         episode = _load(cache, "episode")
         self._episode_last = last_rows(episode)
-        self._look_row, self._state, self._action = (_load(cache, name) for name in ("look_row", "state", "action"))
+        self._look_row, self._state, self._action = (
+            _load(cache, name) for name in ("look_row", "state", "action")
+        )
         # Episodes lie in order, so what is held out are the last looks.
         self._looks = trained_looks(episode[self._look_row], num_val_demos)
-        self._pictures = {model: _load(cache, f"images_{camera}", mmap_mode="r") for model, camera in cameras.items()}
+        self._pictures = {
+            model: _load(cache, f"images_{camera}", mmap_mode="r")
+            for model, camera in cameras.items()
+        }
         self._norm_stats, self._prompt = norm_stats, prompt
         self._image_size, self._horizon, self._action_dim = image_size, action_horizon, action_dim
-        self._mask, self._use_quantiles, self._state_noise = delta_action_mask, use_quantiles, state_noise
+        self._mask, self._use_quantiles, self._state_noise = (
+            delta_action_mask,
+            use_quantiles,
+            state_noise,
+        )
         self._pool = ThreadPoolExecutor(RESIZE_THREADS, thread_name_prefix="resize")
         self._check(cache)
 
@@ -114,7 +137,10 @@ class TrainingData:
         return self._looks
 
     def _check(self, cache: Path) -> None:
-        state, actions = self._norm_stats["state"].mean.shape, self._norm_stats["actions"].mean.shape
+        state, actions = (
+            self._norm_stats["state"].mean.shape,
+            self._norm_stats["actions"].mean.shape,
+        )
         if state[-1] != self._state.shape[1] or actions[-1] != self._action.shape[1]:
             raise UserError(
                 f"{cache} has {self._state.shape[1]} state and {self._action.shape[1]} action dimensions, "
@@ -125,7 +151,9 @@ class TrainingData:
                 f"the norm stats are of {actions[0]} action steps, the model's horizon is {self._horizon}; make them again."
             )
         if max(state[-1], actions[-1]) > self._action_dim:
-            raise UserError(f"the model is {self._action_dim} wide, less than the {max(state[-1], actions[-1])} of {cache}.")
+            raise UserError(
+                f"the model is {self._action_dim} wide, less than the {max(state[-1], actions[-1])} of {cache}."
+            )
 
     def batch(self, step: int, batch_size: int, seed: int) -> dict:
         """Return the batch of a training step.
@@ -140,7 +168,9 @@ class TrainingData:
         rows = self._look_row[looks]
         state = self._state[rows]
         if self._state_noise:
-            noise = generator(seed, NOISE, step).standard_normal((batch_size, ARM_JOINTS), dtype=np.float32)
+            noise = generator(seed, NOISE, step).standard_normal(
+                (batch_size, ARM_JOINTS), dtype=np.float32
+            )
             state[:, :ARM_JOINTS] += np.float32(self._state_noise) * noise
         actions = self._action[chunk_rows(rows, self._episode_last, self._horizon)]
         if self._mask is not None:
@@ -149,7 +179,10 @@ class TrainingData:
         actions = normalize(actions, self._norm_stats["actions"], self._use_quantiles)
         tokens, token_mask = self._prompt(state)
         return {
-            "images": {camera: self._resized(pictures, looks) for camera, pictures in self._pictures.items()},
+            "images": {
+                camera: self._resized(pictures, looks)
+                for camera, pictures in self._pictures.items()
+            },
             "state": pad(state, self._action_dim).astype(np.float32),
             "actions": pad(actions, self._action_dim).astype(np.float32),
             "tokenized_prompt": tokens,
@@ -169,7 +202,9 @@ class TrainingData:
         return batch
 
     @classmethod
-    def for_policy(cls, cache: Path, checkpoint: Path, *, state_noise: float = 0.0, num_val_demos: int = 0) -> "TrainingData":
+    def for_policy(
+        cls, cache: Path, checkpoint: Path, *, state_noise: float = 0.0, num_val_demos: int = 0
+    ) -> "TrainingData":
         """Open a cache for the policy that a checkpoint describes.
 
         Args:
@@ -182,7 +217,10 @@ class TrainingData:
         policy, assets = read_description(checkpoint), assets_folder(checkpoint)
         config = policy.config
         prompt = Prompt(
-            Tokenizer.from_file(assets / "tokenizer.model"), policy.prompt, config.max_token_len, config.discrete_state_input
+            Tokenizer.from_file(assets / "tokenizer.model"),
+            policy.prompt,
+            config.max_token_len,
+            config.discrete_state_input,
         )
         return cls(
             cache,
@@ -221,7 +259,9 @@ def _load(cache: Path, name: str, **options) -> np.ndarray:
     try:
         return np.load(path, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete the cache's manifest and make it again.") from error
+        raise UserError(
+            f"{path} cannot be read ({error}); delete the cache's manifest and make it again."
+        ) from error
 
 
 def prefetch(batches: Iterable[dict], depth: int) -> Iterator[dict]:

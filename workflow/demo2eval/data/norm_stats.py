@@ -19,7 +19,13 @@ import numpy as np
 
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.data.chunks import ARM_JOINTS, chunk_rows, last_rows
-from demo2eval.data.lerobot_reader import check_finite, dataset_root, dimension_names, read_columns, read_info
+from demo2eval.data.lerobot_reader import (
+    check_finite,
+    dataset_root,
+    dimension_names,
+    read_columns,
+    read_info,
+)
 from demo2eval.errors import UserError
 from demo2eval.pi0.normalize import NormStats, exact_stats, save_norm_stats
 from demo2eval.provenance import Work, making
@@ -35,13 +41,23 @@ class Settings:
     """What decides the statistics, given the dataset."""
 
     action_horizon: int = option("actions in a chunk")
-    delta_action_mask: list | None = option("per action dimension, whether it is a difference from the state; null: none", None)
-    per_timestep_action_stats: bool = option("statistics of each step of the chunk by itself (openpi: of all together)", False)
-    min_scale: float = option("smallest std and smallest half of q99 - q01; 0: as they are (openpi)", 0.0)
-    state_noise: float = option("standard deviation of training's noise on the joints, radians; widens the statistics", 0.0)
+    delta_action_mask: list | None = option(
+        "per action dimension, whether it is a difference from the state; null: none", None
+    )
+    per_timestep_action_stats: bool = option(
+        "statistics of each step of the chunk by itself (openpi: of all together)", False
+    )
+    min_scale: float = option(
+        "smallest std and smallest half of q99 - q01; 0: as they are (openpi)", 0.0
+    )
+    state_noise: float = option(
+        "standard deviation of training's noise on the joints, radians; widens the statistics", 0.0
+    )
 
 
-def action_chunks(action: np.ndarray, state: np.ndarray, episode: np.ndarray, settings: Settings) -> np.ndarray:
+def action_chunks(
+    action: np.ndarray, state: np.ndarray, episode: np.ndarray, settings: Settings
+) -> np.ndarray:
     """Return the action chunk at every row, float32 [rows, horizon, action width], as training sees it before normalisation."""
     # It brings JAX along, for which --help need not wait.
     from demo2eval.pi0.transforms import delta_actions
@@ -62,7 +78,9 @@ def with_noise(stats: NormStats, noise: np.ndarray) -> NormStats:
     """
     middle, half = (stats.q99 + stats.q01) / 2, (stats.q99 - stats.q01) / 2
     wider = np.hypot(half, NORMAL_Q99 * noise)
-    return NormStats(mean=stats.mean, std=np.hypot(stats.std, noise), q01=middle - wider, q99=middle + wider)
+    return NormStats(
+        mean=stats.mean, std=np.hypot(stats.std, noise), q01=middle - wider, q99=middle + wider
+    )
 
 
 def noise_of(settings: Settings, state_dim: int, action_width: int) -> dict[str, np.ndarray]:
@@ -108,7 +126,9 @@ def compute(columns: dict[str, np.ndarray], settings: Settings) -> dict[str, Nor
     return _statistics(columns, settings)[0]
 
 
-def _statistics(columns: dict[str, np.ndarray], settings: Settings) -> tuple[dict[str, NormStats], list[tuple]]:
+def _statistics(
+    columns: dict[str, np.ndarray], settings: Settings
+) -> tuple[dict[str, NormStats], list[tuple]]:
     """Return what `compute` does, and a line of ranges.csv, but for the name, for each dimension of the state and of the actions."""
     chunks = action_chunks(columns[ACTION], columns[STATE], columns[EPISODE], settings)
     values = {STATE: columns[STATE], ACTION: chunks.reshape(-1, chunks.shape[-1])}
@@ -118,7 +138,10 @@ def _statistics(columns: dict[str, np.ndarray], settings: Settings) -> tuple[dic
         of = plain[column]
         parts = (item.min(axis=0), of.q01, of.mean, of.std, of.q99, item.max(axis=0))
         ranges += [(column, *numbers) for numbers in zip(*parts, strict=True)]
-    stats = {"state": plain[STATE], "actions": exact_stats(chunks) if settings.per_timestep_action_stats else plain[ACTION]}
+    stats = {
+        "state": plain[STATE],
+        "actions": exact_stats(chunks) if settings.per_timestep_action_stats else plain[ACTION],
+    }
     if settings.state_noise > 0:
         noise = noise_of(settings, columns[STATE].shape[1], columns[ACTION].shape[1])
         stats = {name: with_noise(item, noise[name]) for name, item in stats.items()}
@@ -142,7 +165,13 @@ def norm_stats(settings: Settings, dataset: Path, output: Path) -> None:
     Raises:
         UserError: if the dataset is damaged or holds NaN or infinity, or the mask does not fit its actions.
     """
-    with making(output, stage="norm_stats", module=__spec__.name, settings=settings, inputs={"dataset": dataset}) as work:
+    with making(
+        output,
+        stage="norm_stats",
+        module=__spec__.name,
+        settings=settings,
+        inputs={"dataset": dataset},
+    ) as work:
         if not work.finished:
             _make(settings, Path(dataset), work)
 
@@ -159,7 +188,9 @@ def _make(settings: Settings, dataset: Path, work: Work) -> None:
         )
     stats, ranges = _statistics(columns, settings)
     names = {column: dimension_names(info, column) for column in (STATE, ACTION)}
-    sentences = notes(stats["state"], names[STATE], "state") + notes(stats["actions"], names[ACTION], "action")
+    sentences = notes(stats["state"], names[STATE], "state") + notes(
+        stats["actions"], names[ACTION], "action"
+    )
     for sentence in sentences:
         print(f"hardly varies: {sentence}", file=sys.stderr)
     files = [work.folder / name for name in ("norm_stats.json", "ranges.csv")]
@@ -168,9 +199,16 @@ def _make(settings: Settings, dataset: Path, work: Work) -> None:
     for file in files:
         (work.partial / file.name).rename(file)
     counted = (
-        "each step of the chunks by itself" if settings.per_timestep_action_stats else "every step of every chunk, as openpi's"
+        "each step of the chunks by itself"
+        if settings.per_timestep_action_stats
+        else "every step of every chunk, as openpi's"
     )
-    facts = {"rows": len(columns[ACTION]), "episodes": info["total_episodes"], "actions_counted": counted, "notes": sentences}
+    facts = {
+        "rows": len(columns[ACTION]),
+        "episodes": info["total_episodes"],
+        "actions_counted": counted,
+        "notes": sentences,
+    }
     work.finish(files, **facts)
 
 
@@ -178,7 +216,12 @@ def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__, Settings)
     parser.add_argument("--input", type=Path, required=True, help="manifest of the dataset")
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write; norm_stats.json is made beside it")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="manifest to write; norm_stats.json is made beside it",
+    )
     arguments = parser.parse_args()
     norm_stats(settings_from(arguments, Settings), arguments.input, arguments.output)
 

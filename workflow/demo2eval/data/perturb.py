@@ -56,7 +56,9 @@ class Displacement:
         """Displace the arm at a state that was just set, and what it holds with it; the noise follows from seed and step alone."""
         if self._held[step] and self._height() < self._rest + RISEN:
             return
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, step])))
+        generator = np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([self._seed, step]))
+        )
         offset = self._noise * self._room[step] * generator.standard_normal(ARM_JOINTS)
         agent = self._base.agent
         before, qpos = agent.tcp.pose, agent.robot.get_qpos().clone()

@@ -100,8 +100,12 @@ def plan_trajectories(settings: Settings, folder: Path) -> dict:
     with NewFile(folder / "trajectory.h5") as file:
         with quiet():
             environment, solve = recording_environment(settings.task, folder, file)
-        with tqdm(total=settings.count, unit="demo", mininterval=2, desc=f"planning {settings.task}") as bar:
-            for seed in range(settings.first_seed, settings.first_seed + ATTEMPTS_A_DEMONSTRATION * settings.count):
+        with tqdm(
+            total=settings.count, unit="demo", mininterval=2, desc=f"planning {settings.task}"
+        ) as bar:
+            for seed in range(
+                settings.first_seed, settings.first_seed + ATTEMPTS_A_DEMONSTRATION * settings.count
+            ):
                 with quiet():
                     outcome = attempt(environment, solve, seed)
                     environment.flush_trajectory(save=outcome == "success")
@@ -132,14 +136,23 @@ def plan(settings: Settings, output: Path) -> None:
         facts = plan_trajectories(settings, work.partial)
         for name in ("trajectory.h5", "trajectory.json"):
             (work.partial / name).replace(work.folder / name)
-        work.finish([work.folder / "trajectory.h5", work.folder / "trajectory.json"], demonstrations=settings.count, **facts)
+        work.finish(
+            [work.folder / "trajectory.h5", work.folder / "trajectory.json"],
+            demonstrations=settings.count,
+            **facts,
+        )
 
 
 def main() -> None:
     """Run the stage from the command line."""
     limit_threads()
     parser = stage_parser(__doc__, Settings)
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write, .../shard-<number>/manifest.json")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="manifest to write, .../shard-<number>/manifest.json",
+    )
     arguments = parser.parse_args()
     plan(settings_from(arguments, Settings), arguments.output)
 

@@ -43,7 +43,9 @@ class Settings:
     cameras: list = option('cameras to render, such as ["base_camera"]')
     image_size: int = option("side of the pictures, pixels", 128)
     image_stride: int = option("render every k-th control step", 1)
-    joint_perturbation: float = option("standard deviation, radians, of noise on the arm's joints at each look", 0.0)
+    joint_perturbation: float = option(
+        "standard deviation, radians, of noise on the arm's joints at each look", 0.0
+    )
     on_invalid: str = option("refuse the shard if a demonstration is bad, or skip it", "error")
 
 
@@ -57,7 +59,9 @@ def look_steps(length: int, image_stride: int, index: int) -> np.ndarray:
         length: number of actions.
         index: number of the demonstration in its shard.
     """
-    return np.union1d([0], np.arange(index % image_stride, length + 1, image_stride)).astype(np.int64)
+    return np.union1d([0], np.arange(index % image_stride, length + 1, image_stride)).astype(
+        np.int64
+    )
 
 
 class ActionRecorder:
@@ -119,7 +123,9 @@ def converted(demonstration: Demonstration, source, target) -> Demonstration | N
     for environment in (source, target):
         begin(environment, demonstration)
     recorder = ActionRecorder(target)
-    conversion.from_pd_joint_pos(target.unwrapped.control_mode, demonstration.actions, source, recorder)
+    conversion.from_pd_joint_pos(
+        target.unwrapped.control_mode, demonstration.actions, source, recorder
+    )
     if not recorder.success[-1]:
         return None
     flat = [dict(flatten_state(state)) for state in recorder.states]
@@ -138,7 +144,9 @@ def check_states(environment, demonstration: Demonstration, file: Path) -> None:
 
     A part that was not recorded would silently stay where the seed put it.
     """
-    wanted = {name: len(values) for name, values in flatten_state(environment.unwrapped.get_state_dict())}
+    wanted = {
+        name: len(values) for name, values in flatten_state(environment.unwrapped.get_state_dict())
+    }
     found = {name: values.shape[1] for name, values in demonstration.states.items()}
     if found != wanted:
         name = min(wanted.items() ^ found.items())[0]
@@ -148,7 +156,9 @@ def check_states(environment, demonstration: Demonstration, file: Path) -> None:
         )
 
 
-def observe(environment, demonstration: Demonstration, looks: np.ndarray, joint_perturbation: float = 0.0) -> tuple[dict, dict]:
+def observe(
+    environment, demonstration: Demonstration, looks: np.ndarray, joint_perturbation: float = 0.0
+) -> tuple[dict, dict]:
     """Set each recorded state and observe it; at looks, the arm displaced by `joint_perturbation` if there is any.
 
     Returns:
@@ -156,7 +166,9 @@ def observe(environment, demonstration: Demonstration, looks: np.ndarray, joint_
     """
     environment.reset(seed=demonstration.seed)
     environment.unwrapped.set_state_dict(nest_state(demonstration.states, 0))
-    displacement = Displacement(environment, demonstration, joint_perturbation) if joint_perturbation else None
+    displacement = (
+        Displacement(environment, demonstration, joint_perturbation) if joint_perturbation else None
+    )
     parts, images, rendered = [], [], set(looks.tolist())
     for step in range(len(demonstration.actions) + 1):
         environment.unwrapped.set_state_dict(nest_state(demonstration.states, step))
@@ -169,7 +181,9 @@ def observe(environment, demonstration: Demonstration, looks: np.ndarray, joint_
         else:
             parts.append(state_parts(environment))
     stacked_parts = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
-    return stacked_parts, {camera: np.stack([image[camera] for image in images]) for camera in images[0]}
+    return stacked_parts, {
+        camera: np.stack([image[camera] for image in images]) for camera in images[0]
+    }
 
 
 def part_place(part: str) -> str:
@@ -194,33 +208,50 @@ def recorded(group, settings: Settings, length: int, looks: np.ndarray) -> tuple
     parts = {part: part_place(part) for part in find_task(settings.task).state_parts}
     wanted = dict.fromkeys(cameras.values(), picture)
     wanted |= {place: (np.float32, (length + 1, STATE_DIMS[part])) for part, place in parts.items()}
-    if any(place not in group or (group[place].dtype, group[place].shape) != kind for place, kind in wanted.items()):
+    if any(
+        place not in group or (group[place].dtype, group[place].shape) != kind
+        for place, kind in wanted.items()
+    ):
         return None
     where = f"{group.file.filename} {group.name.strip('/')}"
     try:
         states = {part: group[place][()] for part, place in parts.items()}
         images = {camera: group[place][()][looks] for camera, place in cameras.items()}
     except OSError as error:
-        raise UserError(f"{where}: its observations are damaged ({error}); copy or record the file again.") from error
+        raise UserError(
+            f"{where}: its observations are damaged ({error}); copy or record the file again."
+        ) from error
     for part, values in states.items():
         if not np.isfinite(values).all():
-            raise UserError(f"{where}: {parts[part]} holds NaN or infinity; record it again, or leave it out.")
+            raise UserError(
+                f"{where}: {parts[part]} holds NaN or infinity; record it again, or leave it out."
+            )
     return states, images
 
 
-def write_demonstration(group, demonstration: Demonstration, parts: dict, images: dict, looks: np.ndarray) -> None:
+def write_demonstration(
+    group, demonstration: Demonstration, parts: dict, images: dict, looks: np.ndarray
+) -> None:
     """Write one replayed demonstration into its HDF5 group."""
     group["actions"] = demonstration.actions
     group["success"] = demonstration.success
     group["terminated"] = demonstration.success
     group["truncated"] = np.zeros(len(demonstration.actions), dtype=bool)
     for name, values in demonstration.states.items():
-        group.create_dataset(f"env_states/{name}", data=values, compression="gzip", compression_opts=1)
+        group.create_dataset(
+            f"env_states/{name}", data=values, compression="gzip", compression_opts=1
+        )
     for name, values in parts.items():
         group[part_place(name)] = values
     for camera, frames in images.items():
         sensor = group.create_group(f"obs/sensor_data/{camera}")
-        sensor.create_dataset("rgb", data=frames, chunks=(1, *frames.shape[1:]), compression="gzip", compression_opts=1)
+        sensor.create_dataset(
+            "rgb",
+            data=frames,
+            chunks=(1, *frames.shape[1:]),
+            compression="gzip",
+            compression_opts=1,
+        )
         sensor["step"] = looks
 
 
@@ -232,7 +263,9 @@ def check_source(settings: Settings, demonstrations: list[Demonstration], file: 
     """
     modes = {demonstration.control_mode for demonstration in demonstrations}
     if len(modes) != 1:
-        raise UserError(f"{file} mixes the control modes {', '.join(sorted(modes))}; split it into one file for each.")
+        raise UserError(
+            f"{file} mixes the control modes {', '.join(sorted(modes))}; split it into one file for each."
+        )
     mode = modes.pop()
     if mode not in (settings.control_mode, "pd_joint_pos"):
         raise UserError(
@@ -248,7 +281,9 @@ def replay_shard(settings: Settings, source: Path, folder: Path) -> dict:
 
     from demo2eval.data.hdf5 import NewFile
 
-    demonstrations, description, skipped = sound_demonstrations(source / "trajectory.h5", settings.task, settings.on_invalid)
+    demonstrations, description, skipped = sound_demonstrations(
+        source / "trajectory.h5", settings.task, settings.on_invalid
+    )
     mode = check_source(settings, demonstrations, source / "trajectory.h5")
 
     @functools.cache
@@ -256,13 +291,20 @@ def replay_shard(settings: Settings, source: Path, folder: Path) -> dict:
         # Made when first needed: it takes seconds, and a file that brings its pictures needs none.
         rendering = {"cameras": settings.cameras, "image_size": settings.image_size}
         return make_environment(
-            settings.task, control_mode=control_mode, **(rendering if control_mode == settings.control_mode else {})
+            settings.task,
+            control_mode=control_mode,
+            **(rendering if control_mode == settings.control_mode else {}),
         )
 
     check_cameras(settings.task, settings.cameras)
     episodes, lost, already = [], [], 0
-    with h5py.File(source / "trajectory.h5", "r") as content, NewFile(folder / "trajectory.h5") as file:
-        for demonstration in tqdm(demonstrations, unit="demo", mininterval=2, desc=f"replaying {settings.task}"):
+    with (
+        h5py.File(source / "trajectory.h5", "r") as content,
+        NewFile(folder / "trajectory.h5") as file,
+    ):
+        for demonstration in tqdm(
+            demonstrations, unit="demo", mininterval=2, desc=f"replaying {settings.task}"
+        ):
             kept = demonstration
             if mode != settings.control_mode:
                 check_states(simulator(mode), demonstration, source / "trajectory.h5")
@@ -271,19 +313,32 @@ def replay_shard(settings: Settings, source: Path, folder: Path) -> dict:
                 lost.append(demonstration.seed)
                 continue
             looks = look_steps(len(kept.actions), settings.image_stride, len(episodes))
-            seen = recorded(content[kept.name], settings, len(kept.actions), looks) if kept is demonstration else None
+            seen = (
+                recorded(content[kept.name], settings, len(kept.actions), looks)
+                if kept is demonstration
+                else None
+            )
             already += seen is not None
             if seen is None:
                 check_states(simulator(settings.control_mode), kept, source / "trajectory.h5")
-                seen = observe(simulator(settings.control_mode), kept, looks, settings.joint_perturbation)
+                seen = observe(
+                    simulator(settings.control_mode), kept, looks, settings.joint_perturbation
+                )
             write_demonstration(file.create_group(f"traj_{len(episodes)}"), kept, *seen, looks)
             file.check()
             episodes.append(episode_entry(len(episodes), kept))
     if already:
-        print(f"{source}: {already} of {len(episodes)} demonstrations bring their pictures, which are taken as they are.")
+        print(
+            f"{source}: {already} of {len(episodes)} demonstrations bring their pictures, which are taken as they are."
+        )
     before = description["env_info"].get("env_kwargs") or {}
-    description["env_info"]["env_kwargs"] = before | {"obs_mode": "rgb", "control_mode": settings.control_mode}
-    write_atomic(folder / "trajectory.json", json.dumps(description | {"episodes": episodes}, indent=1))
+    description["env_info"]["env_kwargs"] = before | {
+        "obs_mode": "rgb",
+        "control_mode": settings.control_mode,
+    }
+    write_atomic(
+        folder / "trajectory.json", json.dumps(description | {"episodes": episodes}, indent=1)
+    )
     seeds = [episode["episode_seed"] for episode in episodes]
     return {
         "demonstrations": len(seeds),
@@ -309,7 +364,9 @@ def episode_entry(index: int, demonstration: Demonstration) -> dict:
 def replay(settings: Settings, demos: Path, output: Path) -> None:
     """Replay the shard of manifest `demos` and write the manifest `output`."""
     find_task(settings.task)
-    with making(output, stage="replay", module=__spec__.name, settings=settings, inputs={"demos": demos}) as work:
+    with making(
+        output, stage="replay", module=__spec__.name, settings=settings, inputs={"demos": demos}
+    ) as work:
         if work.finished:
             return
         facts = replay_shard(settings, demos.parent, work.partial)
@@ -322,8 +379,15 @@ def main() -> None:
     """Run the stage from the command line."""
     limit_threads()
     parser = stage_parser(__doc__, Settings)
-    parser.add_argument("--input", type=Path, required=True, help="manifest of a shard of demonstrations")
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write, .../shard-<number>/manifest.json")
+    parser.add_argument(
+        "--input", type=Path, required=True, help="manifest of a shard of demonstrations"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="manifest to write, .../shard-<number>/manifest.json",
+    )
     arguments = parser.parse_args()
     replay(settings_from(arguments, Settings), arguments.input, arguments.output)
 

@@ -17,7 +17,9 @@ class UnfitPictures(Exception):
     """Pictures that are damaged or show nothing; `picture_findings` lists all of a file."""
 
 
-def replayed_faults(group, length: int, cameras: Sequence[str], state: Sequence[str] = ()) -> Iterator[str]:
+def replayed_faults(
+    group, length: int, cameras: Sequence[str], state: Sequence[str] = ()
+) -> Iterator[str]:
     """Yield what is wrong with the observations of a trajectory of `length` actions; pictures are not decoded.
 
     Args:
@@ -41,7 +43,9 @@ def observation_faults(group, length: int, state: Sequence[str]) -> Iterator[str
             yield f"has no obs/agent/{part} or obs/extra/{part}"
     for name, values in found.items():
         dim = STATE_DIMS.get(name.split("/")[-1])
-        if dim is not None and (values.ndim != 2 or values.shape[1] != dim or values.dtype.kind != "f"):
+        if dim is not None and (
+            values.ndim != 2 or values.shape[1] != dim or values.dtype.kind != "f"
+        ):
             yield f"obs/{name} is {values.dtype} {list(values.shape)}, not floating point [T + 1, {dim}]"
         elif values.ndim == 0 or len(values) != length + 1:
             yield f"obs/{name} has {len(values) if values.ndim else 0} steps for {length} actions; it should have one more"
@@ -59,12 +63,23 @@ def camera_faults(group, length: int, cameras: Sequence[str]) -> Iterator[str]:
             yield f"has no {', '.join(missing)}"
             continue
         pictures, steps = group[f"{place}/rgb"], np.asarray(group[f"{place}/step"][()])
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3 or 0 in pictures.shape[1:]:
+        if (
+            pictures.dtype != np.uint8
+            or pictures.ndim != 4
+            or pictures.shape[3] != 3
+            or 0 in pictures.shape[1:]
+        ):
             yield f"its pictures of {camera} are {pictures.dtype} {list(pictures.shape)}, not uint8 [looks, height, width, 3]"
         elif len(pictures) != steps.size:
             yield f"it has {len(pictures)} pictures of {camera} for {steps.size} rendered steps"
         first = steps if first is None else first
-        if steps.ndim != 1 or steps.dtype.kind not in "iu" or not len(steps) or steps[0] != 0 or (np.diff(steps) <= 0).any():
+        if (
+            steps.ndim != 1
+            or steps.dtype.kind not in "iu"
+            or not len(steps)
+            or steps[0] != 0
+            or (np.diff(steps) <= 0).any()
+        ):
             yield f"the rendered steps of {camera} do not rise from 0"
         elif steps[-1] > length:
             yield f"the rendered steps of {camera} reach {steps[-1]}, beyond its {length} actions"
@@ -81,7 +96,9 @@ def read_pictures(group, camera: str) -> np.ndarray:
     try:
         pictures = group[f"{SENSORS}/{camera}/rgb"][()]
     except UNREADABLE as error:
-        raise UnfitPictures(f"its pictures of {camera} cannot be read ({error}): a part of the file is damaged") from error
+        raise UnfitPictures(
+            f"its pictures of {camera} cannot be read ({error}): a part of the file is damaged"
+        ) from error
     for reason in picture_faults(pictures, camera):
         raise UnfitPictures(reason)
     return pictures
@@ -93,7 +110,11 @@ def picture_faults(pictures: np.ndarray, camera: str) -> Iterator[str]:
     Some pictures of one colour are no fault unless they are black: PegInsertionSide's hand can fill base_camera for a second.
     """
     pixels = pictures.reshape(len(pictures), -1, 3)
-    plain = [look for look, one in enumerate(pixels) if (one[::STRIDE] == one[0]).all() and (one == one[0]).all()]
+    plain = [
+        look
+        for look, one in enumerate(pixels)
+        if (one[::STRIDE] == one[0]).all() and (one == one[0]).all()
+    ]
     black = [look for look in plain if not pixels[look, 0].any()]
     if black or len(plain) > len(pixels) / 2:
         shown = black or plain
@@ -103,7 +124,9 @@ def picture_faults(pictures: np.ndarray, camera: str) -> Iterator[str]:
         yield f"all {len(pixels)} pictures of {camera} are the same"
 
 
-def picture_findings(source: Path, trajectories: Sequence[str], cameras: Sequence[str]) -> list[Finding]:
+def picture_findings(
+    source: Path, trajectories: Sequence[str], cameras: Sequence[str]
+) -> list[Finding]:
     """Decode all pictures of some trajectories of a replayed file, and return what is wrong with them."""
     import h5py
 

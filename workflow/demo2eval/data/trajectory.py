@@ -15,7 +15,12 @@ import numpy as np
 from demo2eval.errors import UserError
 from demo2eval.maniskill.tasks import TASKS, find_task
 
-ACTION_WIDTH = {"pd_joint_pos": 8, "pd_joint_delta_pos": 8, "pd_ee_delta_pos": 4, "pd_ee_delta_pose": 7}
+ACTION_WIDTH = {
+    "pd_joint_pos": 8,
+    "pd_joint_delta_pos": 8,
+    "pd_ee_delta_pos": 4,
+    "pd_ee_delta_pose": 7,
+}
 # The Panda's, of joints 1 to 7, radians: a target beyond them is none that the arm can follow.
 JOINT_LIMITS = np.array(
     [
@@ -87,7 +92,9 @@ class Recording:
         """Add findings, and take out the demonstrations that they are about."""
         self.findings.extend(findings)
         bad = {finding.trajectory for finding in findings}
-        self.demonstrations[:] = [demonstration for demonstration in self.demonstrations if demonstration.name not in bad]
+        self.demonstrations[:] = [
+            demonstration for demonstration in self.demonstrations if demonstration.name not in bad
+        ]
 
 
 # What else to check of a trajectory: from its HDF5 group and its number of actions to words for what is wrong.
@@ -104,9 +111,15 @@ def refuse(findings: list[Finding]) -> None:
     if findings:
         shown = "; ".join(str(finding) for finding in findings[:FINDINGS_SHOWN])
         hidden = len(findings) - FINDINGS_SHOWN
-        more = f"; and {hidden} more, which `python -m demo2eval.data.validate` lists" if hidden > 0 else ""
+        more = (
+            f"; and {hidden} more, which `python -m demo2eval.data.validate` lists"
+            if hidden > 0
+            else ""
+        )
         way_out = (
-            ", or leave these trajectories out with demos.on_invalid: skip" if all(one.trajectory for one in findings) else ""
+            ", or leave these trajectories out with demos.on_invalid: skip"
+            if all(one.trajectory for one in findings)
+            else ""
         )
         raise UserError(f"{shown}{more}. Record or copy the demonstrations again{way_out}.")
 
@@ -133,7 +146,10 @@ def sift(recordings: list[Recording], on_invalid: str) -> list[dict]:
         refuse(findings)
     for finding in findings:
         print(f"left out: {finding}", file=sys.stderr)
-    return [{"file": str(one.file), "trajectory": one.trajectory, "reason": one.reason} for one in findings]
+    return [
+        {"file": str(one.file), "trajectory": one.trajectory, "reason": one.reason}
+        for one in findings
+    ]
 
 
 def read_demonstrations(file: Path, task: str) -> tuple[list[Demonstration], dict]:
@@ -149,7 +165,9 @@ def read_demonstrations(file: Path, task: str) -> tuple[list[Demonstration], dic
     return demonstrations, description
 
 
-def sound_demonstrations(file: Path, task: str, on_invalid: str) -> tuple[list[Demonstration], dict, list[dict]]:
+def sound_demonstrations(
+    file: Path, task: str, on_invalid: str
+) -> tuple[list[Demonstration], dict, list[dict]]:
     """Read and check every demonstration of a file, and leave bad ones out if `on_invalid` is "skip".
 
     Returns:
@@ -161,10 +179,16 @@ def sound_demonstrations(file: Path, task: str, on_invalid: str) -> tuple[list[D
     find_task(task)
     (recording,) = recordings = examine([file], task)
     skipped = sift(recordings, on_invalid)
-    return recording.demonstrations, recording.description | {"episodes": recording.episodes}, skipped
+    return (
+        recording.demonstrations,
+        recording.description | {"episodes": recording.episodes},
+        skipped,
+    )
 
 
-def examine(files: Iterable[Path], task: str | None = None, more: More = nothing_more) -> list[Recording]:
+def examine(
+    files: Iterable[Path], task: str | None = None, more: More = nothing_more
+) -> list[Recording]:
     """Read and check every demonstration of some files; raises nothing for what is wrong with them.
 
     A demonstration is repeated if its actions and first state are those of an earlier one, in whichever file.
@@ -188,7 +212,9 @@ def examine(files: Iterable[Path], task: str | None = None, more: More = nothing
 
 def digest_of(demonstration: Demonstration) -> str:
     """Return a hash of a demonstration's actions and first state."""
-    first_state = b"".join(values[:1].tobytes() for _, values in sorted(demonstration.states.items()))
+    first_state = b"".join(
+        values[:1].tobytes() for _, values in sorted(demonstration.states.items())
+    )
     return hashlib.sha256(demonstration.actions.tobytes() + first_state).hexdigest()
 
 
@@ -202,7 +228,11 @@ def read_recording(file: Path, task: str | None, more: More) -> Recording:
     import h5py
 
     if not file.is_file():
-        missing = Finding(file, "", "does not exist; give a ManiSkill trajectory file, .h5 with its .json beside it")
+        missing = Finding(
+            file,
+            "",
+            "does not exist; give a ManiSkill trajectory file, .h5 with its .json beside it",
+        )
         return Recording(file, [], {}, [missing])
     description, findings = read_description(file, task)
     recording = Recording(file, [], description, findings)
@@ -212,14 +242,20 @@ def read_recording(file: Path, task: str | None, more: More) -> Recording:
         content = h5py.File(file, "r")
     except OSError as error:
         recording.findings.append(
-            Finding(file, "", f"cannot be opened ({error}): it is cut off or not HDF5; copy or record it again")
+            Finding(
+                file,
+                "",
+                f"cannot be opened ({error}): it is cut off or not HDF5; copy or record it again",
+            )
         )
         return recording
     with content:
         try:
             read_trajectories(content, recording, more)
         except UNREADABLE as error:
-            recording.findings.append(Finding(file, "", f"cannot be read ({error}): a part of the file is damaged"))
+            recording.findings.append(
+                Finding(file, "", f"cannot be read ({error}): a part of the file is damaged")
+            )
     return recording
 
 
@@ -228,19 +264,40 @@ def read_description(file: Path, task: str | None) -> tuple[dict, list[Finding]]
     beside = file.with_suffix(".json")
     try:
         description = json.loads(beside.read_text(encoding="utf-8"))
-        recorded_task, kwargs = description["env_info"]["env_id"], description["env_info"].get("env_kwargs") or {}
+        recorded_task, kwargs = (
+            description["env_info"]["env_id"],
+            description["env_info"].get("env_kwargs") or {},
+        )
         if not isinstance(description["episodes"], list) or not isinstance(kwargs, dict):
             raise KeyError("episodes")
     except FileNotFoundError:
-        return {}, [Finding(beside, "", f"does not exist; ManiSkill's trajectories need it beside {file.name}")]
+        return {}, [
+            Finding(
+                beside, "", f"does not exist; ManiSkill's trajectories need it beside {file.name}"
+            )
+        ]
     except UNREADABLE:
-        return {}, [Finding(beside, "", "is not the description of a ManiSkill trajectory file; copy it again")]
+        return {}, [
+            Finding(
+                beside, "", "is not the description of a ManiSkill trajectory file; copy it again"
+            )
+        ]
     if task is not None and recorded_task != task:
         return description, [
-            Finding(file, "", f"holds demonstrations of {recorded_task}, not of {task}; set the run's task, or take the file out")
+            Finding(
+                file,
+                "",
+                f"holds demonstrations of {recorded_task}, not of {task}; set the run's task, or take the file out",
+            )
         ]
     if recorded_task not in TASKS:
-        return description, [Finding(file, "", f"holds demonstrations of {recorded_task}, which is none of {', '.join(TASKS)}")]
+        return description, [
+            Finding(
+                file,
+                "",
+                f"holds demonstrations of {recorded_task}, which is none of {', '.join(TASKS)}",
+            )
+        ]
     robot = find_task(recorded_task).robot
     recorded = kwargs.get("robot_uids", robot)
     if recorded not in (robot, [robot]):
@@ -268,10 +325,14 @@ def read_trajectories(content, recording: Recording, more: More) -> None:
             recording.demonstrations.append(demonstration)
     for name in sorted(content):
         if name.startswith("traj_") and name not in listed:
-            recording.findings.append(Finding(recording.file, name, "is in the .h5 but not listed in the .json"))
+            recording.findings.append(
+                Finding(recording.file, name, "is in the .h5 but not listed in the .json")
+            )
 
 
-def read_one(content, file: Path, entry: dict, robot: str, more: More) -> tuple[list[Finding], Demonstration | None]:
+def read_one(
+    content, file: Path, entry: dict, robot: str, more: More
+) -> tuple[list[Finding], Demonstration | None]:
     """Read one trajectory; return everything that is wrong with it, or the demonstration."""
     name = entry_name(entry)
 
@@ -301,7 +362,9 @@ def read_one(content, file: Path, entry: dict, robot: str, more: More) -> tuple[
     if reasons:
         return [Finding(file, name, reason) for reason in reasons], None
     states = {key: values.astype(np.float32) for key, values in states.items()}
-    return [], Demonstration(name, seed, control_mode, actions, states, success.astype(bool).reshape(-1))
+    return [], Demonstration(
+        name, seed, control_mode, actions, states, success.astype(bool).reshape(-1)
+    )
 
 
 def datasets(group, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
@@ -345,7 +408,9 @@ def target_faults(actions: np.ndarray) -> Iterator[str]:
         yield f"its actions are all zero at step {int(np.argmin(actions.any(axis=1)))}: a block of the file was lost"
         return
     targets = actions[:, :7]
-    outside = np.argwhere((targets < JOINT_LIMITS[0] - TOLERANCE) | (targets > JOINT_LIMITS[1] + TOLERANCE))
+    outside = np.argwhere(
+        (targets < JOINT_LIMITS[0] - TOLERANCE) | (targets > JOINT_LIMITS[1] + TOLERANCE)
+    )
     if len(outside):
         step, joint = outside[0]
         low, high = JOINT_LIMITS[:, joint]
@@ -357,7 +422,9 @@ def target_faults(actions: np.ndarray) -> Iterator[str]:
 
 def state_faults(states: dict[str, np.ndarray], length: int, robot: str) -> Iterator[str]:
     """Yield what is wrong with the recorded states of `length` actions in a task that is played by `robot`."""
-    robots = [key.removeprefix("articulations/") for key in states if key.startswith("articulations/")]
+    robots = [
+        key.removeprefix("articulations/") for key in states if key.startswith("articulations/")
+    ]
     if robots != [robot]:
         yield f"its env_states are of the robot {', '.join(robots) or '(none)'}, but the task is evaluated with {robot}"
     for key, values in states.items():

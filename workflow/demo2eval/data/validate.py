@@ -29,13 +29,17 @@ def trajectory_files(path: Path) -> tuple[list[Path], list[Finding]]:
     manifest = read_manifest(path)
     if "replays" in manifest["inputs"]:
         found = [trajectory_files(Path(replay["path"])) for replay in manifest["inputs"]["replays"]]
-        return [file for files, _ in found for file in files], [finding for _, findings in found for finding in findings]
+        return [file for files, _ in found for file in files], [
+            finding for _, findings in found for finding in findings
+        ]
     if "trajectory.h5" not in manifest["files"]:
         raise UserError(
             f"{path} is the manifest of {manifest['stage']}, which holds no trajectories; give demonstrations or replays."
         )
     written = {path.parent / name: facts["sha256"] for name, facts in manifest["files"].items()}
-    changed = [file for file, digest in written.items() if file.is_file() and sha256_file(file) != digest]
+    changed = [
+        file for file, digest in written.items() if file.is_file() and sha256_file(file) != digest
+    ]
     reason = f"is not what {path.name} beside it says was written: it was changed or damaged; make it again"
     return [path.parent / "trajectory.h5"], [Finding(file, "", reason) for file in changed]
 
@@ -59,7 +63,10 @@ def check_demos(paths: list[Path]) -> tuple[list[Finding], int, int]:
     for recording in tqdm(recordings, unit="file", mininterval=2, desc="checking pictures"):
         if recording.demonstrations:
             with h5py.File(recording.file, "r") as file:
-                cameras = {one.name: list(file[one.name].get(SENSORS, ())) for one in recording.demonstrations}
+                cameras = {
+                    one.name: list(file[one.name].get(SENSORS, ()))
+                    for one in recording.demonstrations
+                }
             for name, there in cameras.items():
                 recording.reject(picture_findings(recording.file, [name], there))
     findings = [finding for _, changed in found for finding in changed]
@@ -70,11 +77,20 @@ def check_demos(paths: list[Path]) -> tuple[list[Finding], int, int]:
 def main() -> None:
     """Run the check from the command line."""
     parser = stage_parser(__doc__)
-    parser.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_MANIFEST", help="trajectory.h5, or manifest.json")
+    parser.add_argument(
+        "paths",
+        type=Path,
+        nargs="+",
+        metavar="FILE_OR_MANIFEST",
+        help="trajectory.h5, or manifest.json",
+    )
     findings, files, sound = check_demos(parser.parse_args().paths)
     for finding in findings:
         print(finding)
-    print(f"{len(findings)} findings; nothing is wrong with {sound} demonstrations of {files} files", file=sys.stderr)
+    print(
+        f"{len(findings)} findings; nothing is wrong with {sound} demonstrations of {files} files",
+        file=sys.stderr,
+    )
     sys.exit(1 if findings else 0)
 
 

@@ -30,7 +30,9 @@ class Settings:
 
     num_val_demos: int = option("demonstrations at the dataset's end that were not trained on")
     looks: int = option("looks of each set", 512)
-    replan_steps: int = option("actions of a chunk that count, as many as an evaluation executes", 5)
+    replan_steps: int = option(
+        "actions of a chunk that count, as many as an evaluation executes", 5
+    )
     num_steps: int = option("Euler steps from noise to actions", 10)
     policy_seed: int = option("seed of the policy's noise", 0)
 
@@ -45,14 +47,22 @@ def looks_of_sets(episode: np.ndarray, settings: Settings) -> dict[str, np.ndarr
 
     border = trained_looks(episode, settings.num_val_demos)
     sets = {"training": np.arange(border), "num_val_demos": np.arange(border, len(episode))}
-    return {name: looks[:: max(1, len(looks) // settings.looks)][: settings.looks] for name, looks in sets.items() if len(looks)}
+    return {
+        name: looks[:: max(1, len(looks) // settings.looks)][: settings.looks]
+        for name, looks in sets.items()
+        if len(looks)
+    }
 
 
 def errors_at(policy, cache: Path, looks: np.ndarray, settings: Settings) -> np.ndarray:
     """Return |policy's action - demonstration's action|, float [looks, replan_steps, action width]."""
-    row_of, episode, state, action = (np.load(cache / f"{name}.npy") for name in ("look_row", "episode", "state", "action"))
+    row_of, episode, state, action = (
+        np.load(cache / f"{name}.npy") for name in ("look_row", "episode", "state", "action")
+    )
     cameras = set(policy.description.cameras.values())
-    pictures = {camera: np.load(cache / f"images_{camera}.npy", mmap_mode="r") for camera in cameras}
+    pictures = {
+        camera: np.load(cache / f"images_{camera}.npy", mmap_mode="r") for camera in cameras
+    }
     rows = row_of[looks]
     wanted = action[chunk_rows(rows, last_rows(episode), settings.replan_steps)]
     observations = [
@@ -70,7 +80,9 @@ def action_error(settings: Settings, checkpoint: Path, cache: Path, output: Path
         UserError: if the cache is not of the dataset that the checkpoint was trained on.
     """
     inputs = {"checkpoint": checkpoint, "cache": cache}
-    with making(output, stage="action_error", module=__spec__.name, settings=settings, inputs=inputs) as work:
+    with making(
+        output, stage="action_error", module=__spec__.name, settings=settings, inputs=inputs
+    ) as work:
         if not work.finished:
             _make(settings, checkpoint, cache, work)
 
@@ -80,7 +92,9 @@ def _make(settings: Settings, checkpoint: Path, cache: Path, work: Work) -> None
 
     manifest = read_manifest(checkpoint)
     if read_manifest(cache)["inputs"]["dataset"][0]["digest"] != manifest["facts"]["dataset"]:
-        raise UserError(f"{checkpoint} was not trained on the dataset of {cache}; give the cache of its own dataset.")
+        raise UserError(
+            f"{checkpoint} was not trained on the dataset of {cache}; give the cache of its own dataset."
+        )
     policy = Policy(checkpoint.with_suffix(""), num_steps=settings.num_steps, batch_size=BATCH_SIZE)
     episode = np.load(cache.parent / "episode.npy")[np.load(cache.parent / "look_row.npy")]
     text, means = io.StringIO(), {}
@@ -90,8 +104,19 @@ def _make(settings: Settings, checkpoint: Path, cache: Path, work: Work) -> None
         errors = errors_at(policy, cache.parent, looks, settings)
         means[name] = [round(float(value), 6) for value in errors.mean(axis=(0, 1))]
         for dimension, mean in enumerate(means[name]):
-            table.writerow([name, dimension, len(looks), mean, round(float(np.quantile(errors[..., dimension], 0.95)), 6)])
-        print(f"{name}: mean error of {len(looks)} looks " + ", ".join(f"{value:.4f}" for value in means[name]))
+            table.writerow(
+                [
+                    name,
+                    dimension,
+                    len(looks),
+                    mean,
+                    round(float(np.quantile(errors[..., dimension], 0.95)), 6),
+                ]
+            )
+        print(
+            f"{name}: mean error of {len(looks)} looks "
+            + ", ".join(f"{value:.4f}" for value in means[name])
+        )
     target = work.output.with_suffix(".csv")
     write_atomic(target, text.getvalue())
     work.finish([target], step=manifest["facts"]["step"], mean_abs_error=means)
@@ -101,10 +126,19 @@ def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__, Settings)
     parser.add_argument("--checkpoint", type=Path, required=True, help="manifest of the checkpoint")
-    parser.add_argument("--cache", type=Path, required=True, help="manifest of the training cache of its dataset")
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write, <run>/action_errors/<step>.json")
+    parser.add_argument(
+        "--cache", type=Path, required=True, help="manifest of the training cache of its dataset"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="manifest to write, <run>/action_errors/<step>.json",
+    )
     arguments = parser.parse_args()
-    action_error(settings_from(arguments, Settings), arguments.checkpoint, arguments.cache, arguments.output)
+    action_error(
+        settings_from(arguments, Settings), arguments.checkpoint, arguments.cache, arguments.output
+    )
 
 
 if __name__ == "__main__":

@@ -47,19 +47,28 @@ class Policy:
         self._tokenizer = Tokenizer.from_file(assets / "tokenizer.model")
         params = load_params(Path(checkpoint) / "params", self.config)
         self._folded = jax.jit(partial(fold, self.config, num_steps=num_steps))(params)
-        self._sample = jax.jit(partial(sample, self.config), compiler_options=compiler_options(self.batch_size))
+        self._sample = jax.jit(
+            partial(sample, self.config), compiler_options=compiler_options(self.batch_size)
+        )
 
     def compile(self) -> None:
         """Compile the model, which the first answer would do otherwise."""
         size = self.description.image_size_rendered
-        black = {camera: np.zeros((size, size, 3), np.uint8) for camera in self.description.cameras.values()}
+        black = {
+            camera: np.zeros((size, size, 3), np.uint8)
+            for camera in self.description.cameras.values()
+        }
         state = np.zeros(self._stats["state"].mean.shape[-1], np.float32)
         self.act([{"images": black, "state": state}], [self.noise(0, 0, 0)])
 
     def noise(self, policy_seed: int, episode_seed: int, look: int) -> np.ndarray:
         """Return the noise of one look, float32 [horizon, action_dim]; it depends on these three numbers alone."""
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([policy_seed, episode_seed, look])))
-        return generator.standard_normal((self.config.action_horizon, self.config.action_dim), dtype=np.float32)
+        generator = np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([policy_seed, episode_seed, look]))
+        )
+        return generator.standard_normal(
+            (self.config.action_horizon, self.config.action_dim), dtype=np.float32
+        )
 
     def inputs(self, observations: Sequence[Mapping]) -> Observation:
         """Return what the model sees of looks.
@@ -70,15 +79,22 @@ class Policy:
         Returns:
             an `Observation` of n.
         """
-        size, states = self.config.siglip.image_size, np.stack([item["state"] for item in observations])
+        size, states = (
+            self.config.siglip.image_size,
+            np.stack([item["state"] for item in observations]),
+        )
         images = {
-            camera: np.stack([resize_with_pad(item["images"][source], size, size) for item in observations])
+            camera: np.stack(
+                [resize_with_pad(item["images"][source], size, size) for item in observations]
+            )
             for camera, source in self.description.cameras.items()
         }
         normalized = normalize(states, self._stats["state"], self.description.use_quantiles)
         prompts = [
             self._tokenizer.tokenize(
-                self.description.prompt, state if self.config.discrete_state_input else None, self.config.max_token_len
+                self.description.prompt,
+                state if self.config.discrete_state_input else None,
+                self.config.max_token_len,
             )
             for state in normalized
         ]
@@ -122,10 +138,15 @@ class Policy:
             UserError: if the model's output is not finite.
         """
         batches = range(0, len(observations), self.batch_size)
-        parts = [(observations[start : start + self.batch_size], noise[start : start + self.batch_size]) for start in batches]
+        parts = [
+            (observations[start : start + self.batch_size], noise[start : start + self.batch_size])
+            for start in batches
+        ]
         chunk = np.concatenate([self._answer(*part) for part in parts])
         if not np.isfinite(chunk).all():
-            raise UserError(f"the policy in {self._checkpoint} answers with values that are not finite; its training diverged.")
+            raise UserError(
+                f"the policy in {self._checkpoint} answers with values that are not finite; its training diverged."
+            )
         return self.actions(chunk, np.stack([item["state"] for item in observations]))
 
     def _answer(self, observations: Sequence[Mapping], noise: Sequence[np.ndarray]) -> np.ndarray:

@@ -23,7 +23,16 @@ from demo2eval.errors import UserError
 from demo2eval.evaluation.workers import EpisodeResult, EpisodeSettings, play
 from demo2eval.provenance import Work, making, read_manifest, write_atomic
 
-COLUMNS = ("seed", "success_once", "success_at_end", "first_success_step", "steps", "looks", "stage", "nearest_mm")
+COLUMNS = (
+    "seed",
+    "success_once",
+    "success_at_end",
+    "first_success_step",
+    "steps",
+    "looks",
+    "stage",
+    "nearest_mm",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +42,9 @@ class Settings:
     task: str = option("ManiSkill task, such as PushCube-v1")
     episodes: int = option("episodes, each on its own seed", 100)
     first_seed: int = option("seed of the first episode; the next ones follow", 0)
-    max_episode_steps: int = option("control steps of every episode; longer than the demonstrations")
+    max_episode_steps: int = option(
+        "control steps of every episode; longer than the demonstrations"
+    )
     replan_steps: int = option("actions executed before the next look", 5)
     num_steps: int = option("Euler steps from noise to actions", 10)
     policy_seed: int = option("seed of the policy's noise", 0)
@@ -44,7 +55,9 @@ class Settings:
         return list(range(self.first_seed, self.first_seed + self.episodes))
 
 
-def episode_settings(settings: Settings, description: PolicyDescription, film: bool = False) -> EpisodeSettings:
+def episode_settings(
+    settings: Settings, description: PolicyDescription, film: bool = False
+) -> EpisodeSettings:
     """Return what the simulators need, as the policy was trained.
 
     Raises:
@@ -52,14 +65,18 @@ def episode_settings(settings: Settings, description: PolicyDescription, film: b
     """
     for name in ("episodes", "max_episode_steps", "replan_steps", "num_steps"):
         if getattr(settings, name) < 1:
-            raise UserError(f"evaluation.{name} is {getattr(settings, name)}; it must be at least 1.")
+            raise UserError(
+                f"evaluation.{name} is {getattr(settings, name)}; it must be at least 1."
+            )
     if description.task != settings.task:
         raise UserError(
             f"the checkpoint is a policy for {description.task}, not for {settings.task}; evaluate it on its own task."
         )
     horizon = description.config.action_horizon
     if settings.replan_steps > horizon:
-        raise UserError(f"the replan interval {settings.replan_steps} is longer than the policy's {horizon} actions; lower it.")
+        raise UserError(
+            f"the replan interval {settings.replan_steps} is longer than the policy's {horizon} actions; lower it."
+        )
     return EpisodeSettings(
         task=settings.task,
         control_mode=description.control_mode,
@@ -91,7 +108,10 @@ class Answerer:
 
     def __call__(self, looks: list[tuple[int, int, dict]]):
         """Return the actions of looks (seed, look number, observation), float32 [n, horizon, action width]."""
-        noise = [self._policy.noise(self._settings.policy_seed, seed, number) for seed, number, _ in looks]
+        noise = [
+            self._policy.noise(self._settings.policy_seed, seed, number)
+            for seed, number, _ in looks
+        ]
         return self._policy.act([observation for _, _, observation in looks], noise)
 
 
@@ -103,7 +123,9 @@ def check_seeds(settings: Settings, checkpoint: Path, dataset: Path) -> None:
     """
     content = read_manifest(dataset)
     if read_manifest(checkpoint)["facts"]["dataset"] != content["digest"]:
-        raise UserError(f"{checkpoint} was not trained on {dataset}; give the manifest of its own dataset.")
+        raise UserError(
+            f"{checkpoint} was not trained on {dataset}; give the manifest of its own dataset."
+        )
     shared = sorted(set(settings.seeds) & set(content["facts"]["seeds"]))
     if shared:
         raise UserError(
@@ -127,7 +149,9 @@ def row_of(result: EpisodeResult) -> dict:
     return numbers | {"stage": result.stage, "nearest_mm": round(1000 * result.nearest, 1)}
 
 
-def rollout(settings: Settings, checkpoint: Path, dataset: Path | None, output: Path, *, workers: int = 1) -> None:
+def rollout(
+    settings: Settings, checkpoint: Path, dataset: Path | None, output: Path, *, workers: int = 1
+) -> None:
     """Evaluate the checkpoint of a manifest and write the manifest `output`.
 
     Args:
@@ -140,7 +164,9 @@ def rollout(settings: Settings, checkpoint: Path, dataset: Path | None, output: 
     if workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1.")
     inputs = {"checkpoint": checkpoint} | ({"dataset": dataset} if dataset else {})
-    with making(output, stage="rollout", module=__spec__.name, settings=settings, inputs=inputs) as work:
+    with making(
+        output, stage="rollout", module=__spec__.name, settings=settings, inputs=inputs
+    ) as work:
         if work.finished:
             return
         if dataset:
@@ -152,7 +178,9 @@ def _make(settings: Settings, checkpoint: Path, work: Work, workers: int) -> Non
     payload = checkpoint.with_suffix("")
     simulators = episode_settings(settings, read_description(payload))
     started = time.monotonic()
-    rows, played = _play_all(settings, simulators, Answerer(payload, settings), work.partial / "episodes.csv", workers)
+    rows, played = _play_all(
+        settings, simulators, Answerer(payload, settings), work.partial / "episodes.csv", workers
+    )
     print(f"{played} episodes in {time.monotonic() - started:.0f} s", file=sys.stderr)
     target = work.output.with_suffix("") / "episodes.csv"
     target.parent.mkdir(exist_ok=True)
@@ -176,7 +204,13 @@ def _play_all(
     finished = read_finished(partial)
     left = [seed for seed in settings.seeds if seed not in finished]
     write_episodes(partial, list(finished.values()))
-    bar = tqdm(total=settings.episodes, initial=len(finished), unit="episode", mininterval=2, desc="rollouts")
+    bar = tqdm(
+        total=settings.episodes,
+        initial=len(finished),
+        unit="episode",
+        mininterval=2,
+        desc="rollouts",
+    )
     with open(partial, "a", newline="") as file, bar:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         successes = sum(int(row["success_once"]) for row in finished.values())
@@ -203,12 +237,24 @@ def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__, Settings)
     parser.add_argument("--checkpoint", type=Path, required=True, help="manifest of the checkpoint")
-    parser.add_argument("--dataset", type=Path, help="manifest of the dataset that it was trained on, to compare seeds")
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write, <run>/rollouts/<step>.json")
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        help="manifest of the dataset that it was trained on, to compare seeds",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="manifest to write, <run>/rollouts/<step>.json"
+    )
     parser.add_argument("--workers", type=int, default=1, help="simulator processes (default: 1)")
     arguments = parser.parse_args()
     settings = settings_from(arguments, Settings)
-    rollout(settings, arguments.checkpoint, arguments.dataset, arguments.output, workers=arguments.workers)
+    rollout(
+        settings,
+        arguments.checkpoint,
+        arguments.dataset,
+        arguments.output,
+        workers=arguments.workers,
+    )
 
 
 if __name__ == "__main__":

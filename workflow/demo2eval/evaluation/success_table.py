@@ -49,7 +49,11 @@ def wilson_interval(successes: int, episodes: int, z: float = Z95) -> tuple[floa
     """
     share = successes / episodes
     center = (share + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
-    half = z / (1 + z**2 / episodes) * math.sqrt(share * (1 - share) / episodes + z**2 / (4 * episodes**2))
+    half = (
+        z
+        / (1 + z**2 / episodes)
+        * math.sqrt(share * (1 - share) / episodes + z**2 / (4 * episodes**2))
+    )
     # At 0 and 1 the bounds are exact; rounding must not move them past the share.
     low = 0.0 if successes == 0 else center - half
     high = 1.0 if successes == episodes else center + half
@@ -63,7 +67,9 @@ def read_episodes(manifest_file: Path) -> list[dict[str, str]]:
         with open(path, newline="") as file:
             return list(csv.DictReader(file))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; delete {manifest_file}, and its rule will run again.") from None
+        raise UserError(
+            f"{path} does not exist; delete {manifest_file}, and its rule will run again."
+        ) from None
 
 
 def table_row(run_name: str, manifest_file: Path) -> dict:
@@ -119,7 +125,9 @@ def stage_rows(run_name: str, manifest_file: Path) -> list[dict]:
             "stage": stage,
             "came_so_far": int((furthest >= index).sum()),
             "and_no_further": int((furthest == index).sum()),
-            "median_nearest_mm": round(float(np.median(nearest[furthest == index])), 1) if (furthest == index).any() else "",
+            "median_nearest_mm": round(float(np.median(nearest[furthest == index])), 1)
+            if (furthest == index).any()
+            else "",
         }
         for index, stage in enumerate(order)
     ]
@@ -127,10 +135,18 @@ def stage_rows(run_name: str, manifest_file: Path) -> list[dict]:
 
 def write_table(file: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
     """Write a table as CSV, whole or not at all."""
-    write_atomic(file, "\n".join([",".join(columns), *(",".join(str(row[column]) for column in columns) for row in rows)]) + "\n")
+    write_atomic(
+        file,
+        "\n".join(
+            [",".join(columns), *(",".join(str(row[column]) for column in columns) for row in rows)]
+        )
+        + "\n",
+    )
 
 
-def success_table(run_name: str, rollouts: list[Path], table: Path, curve: Path, stages: Path) -> list[dict]:
+def success_table(
+    run_name: str, rollouts: list[Path], table: Path, curve: Path, stages: Path
+) -> list[dict]:
     """Write the tables and the curve of a run and return the rows of success.csv.
 
     Raises:
@@ -145,7 +161,9 @@ def success_table(run_name: str, rollouts: list[Path], table: Path, curve: Path,
     rows = sorted((table_row(run_name, path) for path in rollouts), key=lambda row: row["step"])
     draw_curve(rows, read_manifest(rollouts[0])["settings"], curve)
     in_order = sorted(rollouts, key=lambda path: read_manifest(path)["facts"]["step"])
-    write_table(stages, STAGE_COLUMNS, [row for path in in_order for row in stage_rows(run_name, path)])
+    write_table(
+        stages, STAGE_COLUMNS, [row for path in in_order for row in stage_rows(run_name, path)]
+    )
     write_table(table, COLUMNS, rows)
     return rows
 
@@ -162,19 +180,29 @@ def draw_curve(rows: list[dict], settings: dict, file: Path) -> None:
     # Blue and vermilion of Okabe and Ito's colour-blind safe palette; marker and line tell the curves apart in grey as well.
     blue, vermilion = "#0072B2", "#D55E00"
     once, low, high, at_end = (
-        np.array([100 * row[key] for row in rows]) for key in ("success_once", "ci_low", "ci_high", "success_at_end")
+        np.array([100 * row[key] for row in rows])
+        for key in ("success_once", "ci_low", "ci_high", "success_at_end")
     )
     axes.fill_between(steps, low, high, color=blue, alpha=0.15, linewidth=0)
     bars = [once - low, high - once]
     label = "success once, 95 % Wilson interval"
     curves = [
-        axes.errorbar(steps, once, bars, fmt="o-", color=blue, capsize=3, elinewidth=1, label=label),
+        axes.errorbar(
+            steps, once, bars, fmt="o-", color=blue, capsize=3, elinewidth=1, label=label
+        ),
         *axes.plot(steps, at_end, "s--", color=vermilion, markersize=4, label="success at end"),
     ]
     if steps[0] == 0:
-        curves.append(axes.axhline(once[0], color="0.3", linestyle=":", linewidth=1.2, label="untrained, success once"))
+        curves.append(
+            axes.axhline(
+                once[0], color="0.3", linestyle=":", linewidth=1.2, label="untrained, success once"
+            )
+        )
     axes.set(xlabel="training step", ylabel="successful episodes (%)", ylim=(-3, 103))
-    axes.set_title(f"{rows[0]['run']}: {settings['task']}, {rows[0]['episodes']} episodes a checkpoint", fontsize=11)
+    axes.set_title(
+        f"{rows[0]['run']}: {settings['task']}, {rows[0]['episodes']} episodes a checkpoint",
+        fontsize=11,
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=curves, frameon=False, fontsize=9)
@@ -186,12 +214,16 @@ def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__)
     parser.add_argument("--run", required=True, help="name of the run")
-    parser.add_argument("--inputs", type=Path, nargs="+", required=True, help="manifests of rollouts")
+    parser.add_argument(
+        "--inputs", type=Path, nargs="+", required=True, help="manifests of rollouts"
+    )
     parser.add_argument("--table", type=Path, required=True, help="success.csv to write")
     parser.add_argument("--curve", type=Path, required=True, help="success.png to write")
     parser.add_argument("--stages", type=Path, required=True, help="stages.csv to write")
     arguments = parser.parse_args()
-    for row in success_table(arguments.run, arguments.inputs, arguments.table, arguments.curve, arguments.stages):
+    for row in success_table(
+        arguments.run, arguments.inputs, arguments.table, arguments.curve, arguments.stages
+    ):
         bounds = f"{row['ci_low']:.0%} to {row['ci_high']:.0%}"
         print(
             f"step {row['step']:>7}: {row['successes']}/{row['episodes']} succeed ({bounds}), at end {row['success_at_end']:.0%}"

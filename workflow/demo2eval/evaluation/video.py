@@ -42,7 +42,10 @@ def tile(frame: np.ndarray, seed: int, success: bool, stage: str) -> np.ndarray:
 
     picture = Image.new("RGB", TILE_SHAPE[1::-1], SUCCESS if success else OPEN)
     picture.paste(Image.fromarray(frame), (BORDER, BORDER + CAPTION))
-    text, font = f"seed {seed}  {'success' if success else stage}", ImageFont.load_default(FONT_SIZE)
+    text, font = (
+        f"seed {seed}  {'success' if success else stage}",
+        ImageFont.load_default(FONT_SIZE),
+    )
     ImageDraw.Draw(picture).text((BORDER + 2, 3), text, fill="white", font=font)
     return np.asarray(picture)
 
@@ -53,10 +56,18 @@ def frames_of(results: Sequence[EpisodeResult]) -> Iterator[np.ndarray]:
     blanks = [np.zeros(TILE_SHAPE, np.uint8)] * (-len(results) % columns)
     for step in range(len(results[0].film)):
         tiles = [
-            tile(result.film[step], result.seed, bool(result.successes[step]), "" if result.success_once else result.stage)
+            tile(
+                result.film[step],
+                result.seed,
+                bool(result.successes[step]),
+                "" if result.success_once else result.stage,
+            )
             for result in results
         ] + blanks
-        rows = [np.concatenate(tiles[first : first + columns], axis=1) for first in range(0, len(tiles), columns)]
+        rows = [
+            np.concatenate(tiles[first : first + columns], axis=1)
+            for first in range(0, len(tiles), columns)
+        ]
         yield np.concatenate(rows)
 
 
@@ -69,7 +80,9 @@ def write_video(file: Path, frames: Iterable[np.ndarray]) -> int:
         stream = None
         for frame in frames:
             if stream is None:
-                stream = container.add_stream("libx264", rate=CONTROL_FREQUENCY, options={"crf": "23"})
+                stream = container.add_stream(
+                    "libx264", rate=CONTROL_FREQUENCY, options={"crf": "23"}
+                )
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt = "yuv420p"
                 stream.codec_context.thread_count = 1
@@ -96,16 +109,29 @@ def failed_seeds(rollouts: Path, checkpoint: Path) -> list[int]:
     return seeds
 
 
-def video(settings: Settings, checkpoint: Path, output: Path, *, failures_of: Path | None = None, workers: int = 1) -> None:
+def video(
+    settings: Settings,
+    checkpoint: Path,
+    output: Path,
+    *,
+    failures_of: Path | None = None,
+    workers: int = 1,
+) -> None:
     """Film the checkpoint of a manifest and write the manifest `output`.
 
     Args:
         failures_of: manifest of the checkpoint's rollouts; only episodes that failed there are filmed.
     """
     inputs = {"checkpoint": checkpoint} | ({"rollouts": failures_of} if failures_of else {})
-    with making(output, stage="video", module=__spec__.name, settings=settings, inputs=inputs) as work:
+    with making(
+        output, stage="video", module=__spec__.name, settings=settings, inputs=inputs
+    ) as work:
         if not work.finished:
-            seeds = failed_seeds(failures_of, checkpoint)[: settings.episodes] if failures_of else settings.seeds
+            seeds = (
+                failed_seeds(failures_of, checkpoint)[: settings.episodes]
+                if failures_of
+                else settings.seeds
+            )
             _make(settings, checkpoint, seeds, work, workers)
 
 
@@ -127,12 +153,22 @@ def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__, Settings)
     parser.add_argument("--checkpoint", type=Path, required=True, help="manifest of the checkpoint")
-    parser.add_argument("--failures-of", type=Path, help="manifest of its rollouts: film episodes that failed there")
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write, <run>/videos/<step>.json")
+    parser.add_argument(
+        "--failures-of", type=Path, help="manifest of its rollouts: film episodes that failed there"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="manifest to write, <run>/videos/<step>.json"
+    )
     parser.add_argument("--workers", type=int, default=1, help="simulator processes (default: 1)")
     arguments = parser.parse_args()
     settings = settings_from(arguments, Settings)
-    video(settings, arguments.checkpoint, arguments.output, failures_of=arguments.failures_of, workers=arguments.workers)
+    video(
+        settings,
+        arguments.checkpoint,
+        arguments.output,
+        failures_of=arguments.failures_of,
+        workers=arguments.workers,
+    )
 
 
 if __name__ == "__main__":

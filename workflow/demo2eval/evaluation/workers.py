@@ -87,7 +87,11 @@ def make_simulator(settings: EpisodeSettings):
     """Make the environment in which `play_episode` plays."""
     from demo2eval.maniskill.env import make_environment
 
-    film = {"human_render_camera_configs": {"width": FILM_SIZE, "height": FILM_SIZE}} if settings.film else {}
+    film = (
+        {"human_render_camera_configs": {"width": FILM_SIZE, "height": FILM_SIZE}}
+        if settings.film
+        else {}
+    )
     return make_environment(
         settings.task,
         control_mode=settings.control_mode,
@@ -99,7 +103,9 @@ def make_simulator(settings: EpisodeSettings):
     )
 
 
-def play_episode(environment, settings: EpisodeSettings, seed: int, ask: Callable[[int, dict], np.ndarray]) -> EpisodeResult:
+def play_episode(
+    environment, settings: EpisodeSettings, seed: int, ask: Callable[[int, dict], np.ndarray]
+) -> EpisodeResult:
     """Play one episode.
 
     Args:
@@ -116,9 +122,13 @@ def play_episode(environment, settings: EpisodeSettings, seed: int, ask: Callabl
     frames = [_film_frame(environment)] if settings.film else []
     while len(history) < settings.max_episode_steps:
         seen = look(environment)
-        actions = ask(looks, {"images": seen["images"], "state": state_vector(settings.state, seen["state"])})
+        actions = ask(
+            looks, {"images": seen["images"], "state": state_vector(settings.state, seen["state"])}
+        )
         looks += 1
-        for action in actions[: min(settings.replan_steps, settings.max_episode_steps - len(history))]:
+        for action in actions[
+            : min(settings.replan_steps, settings.max_episode_steps - len(history))
+        ]:
             information = environment.step(action)[4]
             history.append(bool(information["success"]))
             progress.see(information)
@@ -230,7 +240,9 @@ class Worker:
         if message[0] == "refused":
             raise UserError(message[1])
         if message[0] == "failed":
-            raise RuntimeError(f"simulator process {self.number} failed {self.doing}:\n{message[1]}")
+            raise RuntimeError(
+                f"simulator process {self.number} failed {self.doing}:\n{message[1]}"
+            )
         return message
 
 
@@ -257,7 +269,9 @@ def process_count(workers: int, episodes: int) -> int:
     return min(workers, episodes, cores)
 
 
-def play(settings: EpisodeSettings, seeds: Sequence[int], workers: int, policy: AnswersLooks) -> Iterator[EpisodeResult]:
+def play(
+    settings: EpisodeSettings, seeds: Sequence[int], workers: int, policy: AnswersLooks
+) -> Iterator[EpisodeResult]:
     """Play one episode of each seed in parallel and yield the results as they come, in no particular order.
 
     A result depends on its seed and the actions alone, not on `workers` or on what the same process played before.

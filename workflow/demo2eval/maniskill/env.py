@@ -40,13 +40,17 @@ def render_backend() -> str:
     wanted = os.environ.get(BACKEND_VARIABLE)
     if wanted:
         if wanted not in ("cpu", "gpu"):
-            raise UserError(f"{BACKEND_VARIABLE} is {wanted!r}; set it to cpu or gpu, or not at all.")
+            raise UserError(
+                f"{BACKEND_VARIABLE} is {wanted!r}; set it to cpu or gpu, or not at all."
+            )
         return wanted
     # To ask the driver can take a second; without a device it need not be asked.
     if not any(glob.glob(pattern) for pattern in GPU_DEVICES):
         return "cpu"
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=60).stdout
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return "cpu"
     return "gpu" if listed.startswith("GPU ") else "cpu"
@@ -102,7 +106,9 @@ def make_environment(
     except RuntimeError as error:
         if "device" not in str(error):
             raise
-        raise UserError(f"the simulator found no Vulkan device ({error}); run `make setup`, then `make doctor`.") from error
+        raise UserError(
+            f"the simulator found no Vulkan device ({error}); run `make setup`, then `make doctor`."
+        ) from error
     environment.unwrapped.demo2eval_cameras = tuple(cameras)
     set_rendering(environment, False)
     return environment
@@ -127,7 +133,9 @@ def look(environment) -> dict[str, dict[str, np.ndarray]]:
     finally:
         base._obs_mode = "none"
     cameras = base.demo2eval_cameras
-    images = {camera: observation["sensor_data"][camera]["rgb"][0].cpu().numpy() for camera in cameras}
+    images = {
+        camera: observation["sensor_data"][camera]["rgb"][0].cpu().numpy() for camera in cameras
+    }
     return {"images": images, "state": _parts(observation)}
 
 
@@ -136,12 +144,22 @@ def state_parts(environment) -> dict[str, np.ndarray]:
     base = environment.unwrapped
     mode, base._obs_mode = base._obs_mode, "rgb"
     try:
-        observation = {"agent": base._get_obs_agent(), "extra": base._get_obs_extra(base.get_info())}
+        observation = {
+            "agent": base._get_obs_agent(),
+            "extra": base._get_obs_extra(base.get_info()),
+        }
     finally:
         base._obs_mode = mode
     return _parts(observation)
 
 
 def _parts(observation) -> dict[str, np.ndarray]:
-    found = {"qpos": observation["agent"]["qpos"], **{key: observation["extra"].get(key) for key in STATE_DIMS if key != "qpos"}}
-    return {key: np.asarray(value[0].cpu(), dtype=np.float32) for key, value in found.items() if value is not None}
+    found = {
+        "qpos": observation["agent"]["qpos"],
+        **{key: observation["extra"].get(key) for key in STATE_DIMS if key != "qpos"},
+    }
+    return {
+        key: np.asarray(value[0].cpu(), dtype=np.float32)
+        for key, value in found.items()
+        if value is not None
+    }

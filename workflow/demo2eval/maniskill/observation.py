@@ -7,7 +7,10 @@ import numpy as np
 from demo2eval.errors import UserError
 from demo2eval.maniskill.tasks import STATE_DIMS, find_task
 
-JOINTS = [f"panda_joint{number}" for number in range(1, 8)] + ["panda_finger_joint1", "panda_finger_joint2"]
+JOINTS = [f"panda_joint{number}" for number in range(1, 8)] + [
+    "panda_finger_joint1",
+    "panda_finger_joint2",
+]
 DIMENSION_NAMES = {
     "qpos": JOINTS,
     "tcp_pose": ["tcp_x", "tcp_y", "tcp_z", "tcp_qw", "tcp_qx", "tcp_qy", "tcp_qz"],
@@ -21,7 +24,9 @@ def check_state_parts(task: str, parts: Sequence[str]) -> None:
     known = find_task(task).state_parts
     for part in parts:
         if part not in known:
-            raise UserError(f"dataset.state of {task} holds {part!r}, which the task lacks; it has {', '.join(known)}.")
+            raise UserError(
+                f"dataset.state of {task} holds {part!r}, which the task lacks; it has {', '.join(known)}."
+            )
 
 
 def state_dim(parts: Sequence[str]) -> int:

@@ -52,11 +52,41 @@ INSERT = ("reach", "grasp", "lift", "insert")
 TASKS = {
     task.name: task
     for task in (
-        Task("StackCube-v1", ("qpos", "tcp_pose"), None, 120, "panda_wristcam", "cubeA", 0.025, STACK, "is_cubeA_on_cubeB"),
-        Task("PickCube-v1", ("qpos", "tcp_pose", "goal_pos"), "goal_pos", 88, "panda", "cube", 0.025, PICK, "is_obj_placed"),
+        Task(
+            "StackCube-v1",
+            ("qpos", "tcp_pose"),
+            None,
+            120,
+            "panda_wristcam",
+            "cubeA",
+            0.025,
+            STACK,
+            "is_cubeA_on_cubeB",
+        ),
+        Task(
+            "PickCube-v1",
+            ("qpos", "tcp_pose", "goal_pos"),
+            "goal_pos",
+            88,
+            "panda",
+            "cube",
+            0.025,
+            PICK,
+            "is_obj_placed",
+        ),
         Task("PushCube-v1", ("qpos", "tcp_pose"), None, 77, "panda", "obj", 0.07, PUSH),
         Task("PullCube-v1", ("qpos", "tcp_pose", "goal_pos"), None, 79, "panda", "obj", 0.07, PUSH),
-        Task("PlaceSphere-v1", ("qpos", "tcp_pose", "bin_pos"), None, 130, "panda", "obj", 0.025, STACK, "is_obj_on_bin"),
+        Task(
+            "PlaceSphere-v1",
+            ("qpos", "tcp_pose", "bin_pos"),
+            None,
+            130,
+            "panda",
+            "obj",
+            0.025,
+            STACK,
+            "is_obj_on_bin",
+        ),
         Task(
             "PegInsertionSide-v1",
             ("qpos", "tcp_pose"),
@@ -93,4 +123,6 @@ def check_cameras(task: str, cameras: Iterable[str]) -> None:
         if camera not in known:
             close = difflib.get_close_matches(camera, known, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"replay.cameras of {task} holds {camera!r}, which the task lacks; it has {', '.join(known)}.{hint}")
+            raise UserError(
+                f"replay.cameras of {task} holds {camera!r}, which the task lacks; it has {', '.join(known)}.{hint}"
+            )

@@ -83,8 +83,12 @@ class Pi0Config:
         return self.family == "pi05"
 
 
-GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
-GEMMA_300M = GemmaConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
+GEMMA_2B = GemmaConfig(
+    width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256
+)
+GEMMA_300M = GemmaConfig(
+    width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256
+)
 SO400M = SiglipConfig(width=1152, depth=27, mlp_dim=4304, num_heads=16)
 PI05 = Pi0Config("pi05", GEMMA_2B, GEMMA_300M, SO400M)
 PI0 = Pi0Config("pi0", GEMMA_2B, GEMMA_300M, SO400M, max_token_len=48, discrete_state_input=False)
@@ -93,18 +97,32 @@ LORA = {
     "action_expert": dataclasses.replace(GEMMA_300M, lora=LoraConfig(32, 32.0, 32, 32.0)),
 }
 TINY = {
-    "paligemma": GemmaConfig(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=24),
-    "action_expert": GemmaConfig(width=64, depth=3, mlp_dim=192, num_heads=4, num_kv_heads=1, head_dim=24),
-    "siglip": SiglipConfig(width=96, depth=2, mlp_dim=256, num_heads=4, patch_size=16, image_size=64),
+    "paligemma": GemmaConfig(
+        width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=24
+    ),
+    "action_expert": GemmaConfig(
+        width=64, depth=3, mlp_dim=192, num_heads=4, num_kv_heads=1, head_dim=24
+    ),
+    "siglip": SiglipConfig(
+        width=96, depth=2, mlp_dim=256, num_heads=4, patch_size=16, image_size=64
+    ),
     "vocab_size": 512,
     "dtype": "float32",
     "remat": False,
 }
-TINY_LORA = {name: dataclasses.replace(TINY[name], lora=LoraConfig(4, 4.0, 4, 4.0)) for name in LORA}
+TINY_LORA = {
+    name: dataclasses.replace(TINY[name], lora=LoraConfig(4, 4.0, 4, 4.0)) for name in LORA
+}
 SMALL = {
-    "paligemma": GemmaConfig(width=384, depth=6, mlp_dim=1536, num_heads=6, num_kv_heads=1, head_dim=64),
-    "action_expert": GemmaConfig(width=256, depth=6, mlp_dim=1024, num_heads=6, num_kv_heads=1, head_dim=64),
-    "siglip": SiglipConfig(width=256, depth=6, mlp_dim=1024, num_heads=4, patch_size=16, image_size=128),
+    "paligemma": GemmaConfig(
+        width=384, depth=6, mlp_dim=1536, num_heads=6, num_kv_heads=1, head_dim=64
+    ),
+    "action_expert": GemmaConfig(
+        width=256, depth=6, mlp_dim=1024, num_heads=6, num_kv_heads=1, head_dim=64
+    ),
+    "siglip": SiglipConfig(
+        width=256, depth=6, mlp_dim=1024, num_heads=4, patch_size=16, image_size=128
+    ),
     "vocab_size": 512,
     "remat": False,
 }
@@ -127,7 +145,9 @@ def _replace(config, key: str, value):
     fields = [field.name for field in dataclasses.fields(config)]
     if name not in fields:
         close = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
-        raise UserError(f"model.overrides has an unknown key {key!r}.{f' Did you mean {close[0]!r}?' if close else ''}")
+        raise UserError(
+            f"model.overrides has an unknown key {key!r}.{f' Did you mean {close[0]!r}?' if close else ''}"
+        )
     if rest:
         value = _replace(getattr(config, name), rest, value)
     return dataclasses.replace(config, **{name: value})

@@ -14,7 +14,9 @@ MASKED_LOGIT = -2.3819763e38
 ROPE_BASE = 10_000
 
 
-def rms_norm(params: dict, x: jax.Array, condition: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+def rms_norm(
+    params: dict, x: jax.Array, condition: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
     """RMS normalisation in float32, eps 1e-6.
 
     Args:
@@ -30,7 +32,11 @@ def rms_norm(params: dict, x: jax.Array, condition: jax.Array | None) -> tuple[j
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
     if "scale" in params:
         return (normed * (1 + params["scale"].astype(jnp.float32))).astype(x.dtype), None
-    modulation = params["modulation"] if "modulation" in params else dense(params["Dense_0"], condition.astype(x.dtype))
+    modulation = (
+        params["modulation"]
+        if "modulation" in params
+        else dense(params["Dense_0"], condition.astype(x.dtype))
+    )
     scale, shift, gate = jnp.split(modulation[:, None, :], 3, axis=-1)
     return (normed * (1 + scale) + shift).astype(x.dtype), gate
 
@@ -42,7 +48,9 @@ def rope(x: jax.Array, positions: jax.Array) -> jax.Array:
     angle = positions[..., None, None].astype(jnp.float32) / timescale
     sine, cosine = jnp.sin(angle), jnp.cos(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
+    ).astype(x.dtype)
 
 
 def project(equation: str, x: jax.Array, params: dict, config: GemmaConfig) -> jax.Array:
@@ -57,8 +65,12 @@ def project(equation: str, x: jax.Array, params: dict, config: GemmaConfig) -> j
     inputs, matrix, output = equation.replace("->", ",").split(",")
     before, after = matrix[-2:]
     low = output.replace(after, "r")
-    update = jnp.einsum(f"{inputs},{matrix.replace(after, 'r')}->{low}", x, params["lora_a"].astype(x.dtype))
-    update = jnp.einsum(f"{low},{matrix.replace(before, 'r')}->{output}", update, params["lora_b"].astype(x.dtype))
+    update = jnp.einsum(
+        f"{inputs},{matrix.replace(after, 'r')}->{low}", x, params["lora_a"].astype(x.dtype)
+    )
+    update = jnp.einsum(
+        f"{low},{matrix.replace(before, 'r')}->{output}", update, params["lora_b"].astype(x.dtype)
+    )
     return result + update * (config.lora.attention_alpha / config.lora.attention_rank)
 
 
@@ -76,7 +88,9 @@ def feed_forward(params: dict, x: jax.Array, config: GemmaConfig) -> jax.Array:
     if "gate_and_up" in params:
         gate, up = jnp.split(x @ params["gate_and_up"], 2, axis=-1)
         return (jax.nn.gelu(gate, approximate=True) * up) @ params["down"]
-    hidden = jax.nn.gelu(matrix("gating_einsum", x, 0), approximate=True) * matrix("gating_einsum", x, 1)
+    hidden = jax.nn.gelu(matrix("gating_einsum", x, 0), approximate=True) * matrix(
+        "gating_einsum", x, 1
+    )
     return matrix("linear", hidden)
 
 
@@ -96,11 +110,17 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
         if key.shape[2] > 1 or length == key.shape[1]:
             return fused_attention(query, key, value, scale=1.0)
         # Few queries and one head of keys: all heads' queries together fill the kernel's tiles better.
-        return fused_attention(query.reshape(batch, -1, 1, head_dim), key, value, scale=1.0).reshape(query.shape)
-    groups = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim).transpose(0, 2, 3, 1, 4)
+        return fused_attention(
+            query.reshape(batch, -1, 1, head_dim), key, value, scale=1.0
+        ).reshape(query.shape)
+    groups = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim).transpose(
+        0, 2, 3, 1, 4
+    )
     # Written out, not as einsum, so that the logits of one query lie side by side, which makes the softmax several times faster.
     rows = groups.reshape(batch, key.shape[2], -1, head_dim)
-    logits = jax.lax.dot_general(rows, key, (((3,), (3,)), ((0, 1), (0, 2))), preferred_element_type=jnp.float32)
+    logits = jax.lax.dot_general(
+        rows, key, (((3,), (3,)), ((0, 1), (0, 2))), preferred_element_type=jnp.float32
+    )
     if mask is not None:
         by_query = logits.reshape(*groups.shape[:4], -1)
         logits = jnp.where(mask[:, None, None], by_query, MASKED_LOGIT).reshape(logits.shape)
@@ -110,7 +130,14 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
 
 
 def layer(
-    configs, params: dict, tokens: list, conditions: list, positions: jax.Array, mask, cache=None, start: int | None = None
+    configs,
+    params: dict,
+    tokens: list,
+    conditions: list,
+    positions: jax.Array,
+    mask,
+    cache=None,
+    start: int | None = None,
 ):
     """One layer of all towers.
 
@@ -128,7 +155,9 @@ def layer(
     queries, keys, values, gates = [], [], [], {}
     for index in present:
         config, suffix, attention = configs[index], suffixes[index], params["attn"]
-        normed, gates[index] = rms_norm(params[f"pre_attention_norm{suffix}"], tokens[index], conditions[index])
+        normed, gates[index] = rms_norm(
+            params[f"pre_attention_norm{suffix}"], tokens[index], conditions[index]
+        )
         query, key, value = project_inputs(normed, attention, suffix, config)
         queries.append(query)
         keys.append(key)
@@ -138,7 +167,9 @@ def layer(
     if cache is not None:
         pairs = zip(cache, (key, value), strict=True)
         key, value = (
-            jnp.concatenate(pair, axis=1) if start is None else jax.lax.dynamic_update_slice_in_dim(*pair, start, axis=1)
+            jnp.concatenate(pair, axis=1)
+            if start is None
+            else jax.lax.dynamic_update_slice_in_dim(*pair, start, axis=1)
             for pair in pairs
         )
     mixed, first, result = attend(query, key, value, mask), 0, list(tokens)
@@ -152,7 +183,9 @@ def layer(
     return result, (key, value)
 
 
-def project_inputs(x: jax.Array, params: dict, suffix: str, config: GemmaConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project_inputs(
+    x: jax.Array, params: dict, suffix: str, config: GemmaConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Project tokens [b, n, width] to query [b, n, heads, head_dim], key and value [b, n, kv heads, head_dim]."""
     if f"qkv{suffix}" in params:
         split = (x @ params[f"qkv{suffix}"]).reshape(*x.shape[:2], -1, config.head_dim)
@@ -186,7 +219,9 @@ def embed(config: GemmaConfig, params: dict, tokens: jax.Array, dtype) -> jax.Ar
     return (embedded * jnp.sqrt(config.width).astype(embedded.dtype)).astype(dtype)
 
 
-def keys_and_values(config: GemmaConfig, params: dict, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def keys_and_values(
+    config: GemmaConfig, params: dict, x: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Return what the first tower's tokens x [b, n, width] show to others in a layer, each [b, n, kv heads, head_dim]."""
     normed, _ = rms_norm(params["pre_attention_norm"], x, None)
     _, key, value = project_inputs(normed, params["attn"], "", config)
@@ -194,7 +229,13 @@ def keys_and_values(config: GemmaConfig, params: dict, x: jax.Array, positions: 
 
 
 def run(
-    configs, params: dict, tokens: list, conditions: list, positions: jax.Array, mask: jax.Array, remat: bool = False
+    configs,
+    params: dict,
+    tokens: list,
+    conditions: list,
+    positions: jax.Array,
+    mask: jax.Array,
+    remat: bool = False,
 ) -> list:
     """Run all layers and the final norms.
 
@@ -216,4 +257,7 @@ def run(
 
     outputs = over_layers(step, params["layers"], tokens, remat=remat)
     names = ["final_norm" if index == 0 else f"final_norm_{index}" for index in range(len(outputs))]
-    return [rms_norm(params[name], x, condition)[0] for name, x, condition in zip(names, outputs, conditions, strict=True)]
+    return [
+        rms_norm(params[name], x, condition)[0]
+        for name, x, condition in zip(names, outputs, conditions, strict=True)
+    ]

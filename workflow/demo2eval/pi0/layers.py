@@ -18,14 +18,18 @@ def has_fused_attention(dtype) -> bool:
     return jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
 
 
-def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float | None = None) -> jax.Array:
+def fused_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, scale: float | None = None
+) -> jax.Array:
     """Attention of all queries [b, q, heads, head_dim] to all keys and values [b, n, kv heads, head_dim] in one kernel, if there is one.
 
     Args:
         scale: of the logits; None is head_dim^-0.5.
     """
     implementation = "cudnn" if has_fused_attention(query.dtype) else "xla"
-    return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation=implementation)
+    return jax.nn.dot_product_attention(
+        query, key, value, scale=scale, implementation=implementation
+    )
 
 
 def over_layers(step: Callable, params: dict | list, carry, *, remat: bool = False):

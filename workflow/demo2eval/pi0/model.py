@@ -59,7 +59,9 @@ def attention_mask(valid: jax.Array | None, opens_block: jax.Array) -> jax.Array
     return seen if valid is None else seen & valid[:, None, :] & valid[:, :, None]
 
 
-def embed_prefix(config: Pi0Config, params: dict, observation: Observation) -> tuple[jax.Array, jax.Array | None]:
+def embed_prefix(
+    config: Pi0Config, params: dict, observation: Observation
+) -> tuple[jax.Array, jax.Array | None]:
     """Return tokens [b, n, width] of pictures, prompt and, if configured, the state; and valid, bool [b, n], None if all are."""
     dtype, weights = jnp.dtype(config.dtype), params["PaliGemma"]
     batch = observation.tokenized_prompt.shape[0]
@@ -74,15 +76,27 @@ def embed_prefix(config: Pi0Config, params: dict, observation: Observation) -> t
     ]
     valid = None
     if observation.image_masks is not None or observation.tokenized_prompt_mask is not None:
-        masks = dict.fromkeys(cameras, jnp.ones(batch, bool)) if observation.image_masks is None else observation.image_masks
+        masks = (
+            dict.fromkeys(cameras, jnp.ones(batch, bool))
+            if observation.image_masks is None
+            else observation.image_masks
+        )
         prompt = observation.tokenized_prompt_mask
         prompt = jnp.ones(observation.tokenized_prompt.shape, bool) if prompt is None else prompt
-        valid = [*(jnp.broadcast_to(masks[camera][:, None], (batch, encoded.shape[1])) for camera in cameras), prompt]
+        valid = [
+            *(
+                jnp.broadcast_to(masks[camera][:, None], (batch, encoded.shape[1]))
+                for camera in cameras
+            ),
+            prompt,
+        ]
     if config.is_pi05 and config.continuous_state_token:
         tokens.append(dense(params["state_proj"], observation.state)[:, None].astype(dtype))
         if valid is not None:
             valid.append(jnp.ones((batch, 1), bool))
-    return jnp.concatenate(tokens, axis=1), None if valid is None else jnp.concatenate(valid, axis=1)
+    return jnp.concatenate(tokens, axis=1), None if valid is None else jnp.concatenate(
+        valid, axis=1
+    )
 
 
 def time_condition(params: dict, time: jax.Array, width: int) -> jax.Array:
@@ -91,7 +105,9 @@ def time_condition(params: dict, time: jax.Array, width: int) -> jax.Array:
     return jax.nn.swish(dense(params["time_mlp_out"], hidden))
 
 
-def embed_suffix(config: Pi0Config, params: dict, state: jax.Array, noisy_actions: jax.Array, time: jax.Array):
+def embed_suffix(
+    config: Pi0Config, params: dict, state: jax.Array, noisy_actions: jax.Array, time: jax.Array
+):
     """Embed noisy actions [b, horizon, action_dim] at time [b].
 
     Returns:
@@ -101,17 +117,25 @@ def embed_suffix(config: Pi0Config, params: dict, state: jax.Array, noisy_action
     actions = dense(params["action_in_proj"], noisy_actions)
     first = [True] + [False] * (config.action_horizon - 1)
     if config.is_pi05:
-        return actions.astype(dtype), jnp.array(first), time_condition(params, time, config.action_expert.width)
+        return (
+            actions.astype(dtype),
+            jnp.array(first),
+            time_condition(params, time, config.action_expert.width),
+        )
     times = time_embedding(time, config.action_expert.width)
     both = jnp.concatenate([actions, jnp.broadcast_to(times[:, None], actions.shape)], axis=-1)
-    mixed = dense(params["action_time_mlp_out"], jax.nn.swish(dense(params["action_time_mlp_in"], both)))
+    mixed = dense(
+        params["action_time_mlp_out"], jax.nn.swish(dense(params["action_time_mlp_in"], both))
+    )
     own = dense(params["state_proj"], state)[:, None]
     return jnp.concatenate([own, mixed], axis=1).astype(dtype), jnp.array([True, *first]), None
 
 
 def velocity(config: Pi0Config, params: dict, suffix_out: jax.Array) -> jax.Array:
     """Read the velocity [b, horizon, action_dim], float32, off the expert's outputs."""
-    return dense(params["action_out_proj"], suffix_out[:, -config.action_horizon :].astype(jnp.float32))
+    return dense(
+        params["action_out_proj"], suffix_out[:, -config.action_horizon :].astype(jnp.float32)
+    )
 
 
 def positions_of(valid: jax.Array) -> jax.Array:
@@ -119,7 +143,14 @@ def positions_of(valid: jax.Array) -> jax.Array:
     return jnp.cumsum(valid, axis=1) - 1
 
 
-def flow_loss(config: Pi0Config, params: dict, observation: Observation, actions: jax.Array, noise: jax.Array, time: jax.Array):
+def flow_loss(
+    config: Pi0Config,
+    params: dict,
+    observation: Observation,
+    actions: jax.Array,
+    noise: jax.Array,
+    time: jax.Array,
+):
     """Mean square error of the velocity at given noise and time.
 
     Args:
@@ -149,7 +180,12 @@ def flow_loss(config: Pi0Config, params: dict, observation: Observation, actions
 
 
 def compute_loss(
-    config: Pi0Config, params: dict, key: jax.Array, observation: Observation, actions: jax.Array, num_noise_samples: int = 1
+    config: Pi0Config,
+    params: dict,
+    key: jax.Array,
+    observation: Observation,
+    actions: jax.Array,
+    num_noise_samples: int = 1,
 ) -> jax.Array:
     """`flow_loss` at noise and time drawn from `key`, the same that openpi draws: time is Beta(1.5, 1) * 0.999 + 0.001.
 
@@ -164,7 +200,14 @@ def compute_loss(
     return flow_loss(config, params, observation, actions, noise, time)
 
 
-def flow_losses(config: Pi0Config, params: dict, observation: Observation, actions: jax.Array, noise: jax.Array, time: jax.Array):
+def flow_losses(
+    config: Pi0Config,
+    params: dict,
+    observation: Observation,
+    actions: jax.Array,
+    noise: jax.Array,
+    time: jax.Array,
+):
     """`flow_loss` of several draws of noise [k, b, horizon, action_dim] and time [k, b], float32 [k, b, horizon].
 
     Pictures and prompt go through PaliGemma once. Its layers are unrolled: this is for small models.
@@ -180,13 +223,26 @@ def flow_losses(config: Pi0Config, params: dict, observation: Observation, actio
 
     def loss(noise, time):
         at = time[:, None, None]
-        suffix, opens_block, condition = embed_suffix(config, params, observation.state, at * noise + (1 - at) * actions, time)
+        suffix, opens_block, condition = embed_suffix(
+            config, params, observation.state, at * noise + (1 - at) * actions, time
+        )
         own = attention_mask(None, opens_block)
-        seen = [jnp.broadcast_to(part, (len(valid), own.shape[1], part.shape[-1])) for part in (valid[:, None], own)]
+        seen = [
+            jnp.broadcast_to(part, (len(valid), own.shape[1], part.shape[-1]))
+            for part in (valid[:, None], own)
+        ]
         places = valid.sum(axis=1)[:, None] + jnp.arange(suffix.shape[1])
         both = [None, suffix]
         for layer, cache in zip(layers, caches, strict=True):
-            both, _ = gemma.layer(towers, layer, both, [None, condition], places, jnp.concatenate(seen, axis=-1), cache)
+            both, _ = gemma.layer(
+                towers,
+                layer,
+                both,
+                [None, condition],
+                places,
+                jnp.concatenate(seen, axis=-1),
+                cache,
+            )
         out, _ = gemma.rms_norm(llm["final_norm_1"], both[1], condition)
         return jnp.mean(jnp.square(velocity(config, params, out) - (noise - actions)), axis=-1)
 

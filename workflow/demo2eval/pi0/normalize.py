@@ -58,14 +58,19 @@ def _affine(stats: NormStats, use_quantiles: bool, width: int) -> tuple[np.ndarr
     if not use_quantiles:
         return stats.mean[..., :width], stats.std[..., :width] + EPSILON
     if stats.q01 is None or stats.q99 is None:
-        raise UserError("the norm stats have no quantiles, which Pi0.5 needs; make them again from the dataset.")
+        raise UserError(
+            "the norm stats have no quantiles, which Pi0.5 needs; make them again from the dataset."
+        )
     return stats.q01[..., :width], stats.q99[..., :width] - stats.q01[..., :width] + EPSILON
 
 
 def save_norm_stats(path: Path, stats: Mapping[str, NormStats]) -> None:
     """Write {"state": ..., "actions": ...} as openpi's norm_stats.json."""
     content = {
-        name: {key: None if value is None else np.asarray(value).tolist() for key, value in vars(item).items()}
+        name: {
+            key: None if value is None else np.asarray(value).tolist()
+            for key, value in vars(item).items()
+        }
         for name, item in stats.items()
     }
     Path(path).write_text(json.dumps({"norm_stats": content}, indent=2), encoding="utf-8")
@@ -89,6 +94,10 @@ def load_norm_stats(path: Path) -> dict[str, NormStats]:
             for name, item in content.items()
         }
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a checkpoint keeps it in assets/<asset id>/norm_stats.json.") from None
+        raise UserError(
+            f"{path} does not exist; a checkpoint keeps it in assets/<asset id>/norm_stats.json."
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a norm_stats.json ({error!r}); make the norm stats again.") from error
+        raise UserError(
+            f"{path} is not a norm_stats.json ({error!r}); make the norm stats again."
+        ) from error

@@ -34,7 +34,9 @@ def fan_in(size: int) -> Initializer:
 
     def draw(key, shape):
         # 0.8796 is the standard deviation of a unit normal cut at +-2.
-        return jax.random.truncated_normal(key, -2, 2, shape, jnp.float32) * (1 / math.sqrt(size) / 0.87962566103423978)
+        return jax.random.truncated_normal(key, -2, 2, shape, jnp.float32) * (
+            1 / math.sqrt(size) / 0.87962566103423978
+        )
 
     return draw
 
@@ -52,7 +54,11 @@ def siglip_table(config: SiglipConfig, outputs: int):
     root, width, depth = "PaliGemma/img", config.width, config.depth
     head_dim = width // config.num_heads
     patch_inputs = config.patch_size**2 * 3
-    yield f"{root}/embedding/kernel", (config.patch_size, config.patch_size, 3, width), fan_in(patch_inputs)
+    yield (
+        f"{root}/embedding/kernel",
+        (config.patch_size, config.patch_size, 3, width),
+        fan_in(patch_inputs),
+    )
     yield f"{root}/embedding/bias", (width,), zeros
     yield f"{root}/pos_embedding", (1, config.tokens, width), normal(1 / math.sqrt(width))
     block = f"{root}/Transformer/encoderblock"
@@ -61,7 +67,11 @@ def siglip_table(config: SiglipConfig, outputs: int):
         yield f"{block}/{norm}/bias", (depth, width), zeros
     attention = f"{block}/MultiHeadDotProductAttention_0"
     for part in ("query", "key", "value"):
-        yield f"{attention}/{part}/kernel", (depth, width, config.num_heads, head_dim), fan_in(width)
+        yield (
+            f"{attention}/{part}/kernel",
+            (depth, width, config.num_heads, head_dim),
+            fan_in(width),
+        )
         yield f"{attention}/{part}/bias", (depth, config.num_heads, head_dim), zeros
     yield f"{attention}/out/kernel", (depth, config.num_heads, head_dim, width), fan_in(width)
     yield f"{attention}/out/bias", (depth, width), zeros
@@ -86,19 +96,38 @@ def gemma_table(config: GemmaConfig, suffix: str, adaptive: bool):
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     rank = config.lora and config.lora.attention_rank
     if heads == kv_heads:
-        yield from einsum_with_lora(f"{layers}/attn/qkv_einsum{suffix}", (depth, 3, heads, width, head_dim), width, rank)
+        yield from einsum_with_lora(
+            f"{layers}/attn/qkv_einsum{suffix}", (depth, 3, heads, width, head_dim), width, rank
+        )
     else:
-        yield from einsum_with_lora(f"{layers}/attn/q_einsum{suffix}", (depth, heads, width, head_dim), width, rank)
-        yield from einsum_with_lora(f"{layers}/attn/kv_einsum{suffix}", (depth, 2, kv_heads, width, head_dim), width, rank)
-    yield from einsum_with_lora(f"{layers}/attn/attn_vec_einsum{suffix}", (depth, heads, head_dim, width), heads * head_dim, rank)
+        yield from einsum_with_lora(
+            f"{layers}/attn/q_einsum{suffix}", (depth, heads, width, head_dim), width, rank
+        )
+        yield from einsum_with_lora(
+            f"{layers}/attn/kv_einsum{suffix}", (depth, 2, kv_heads, width, head_dim), width, rank
+        )
+    yield from einsum_with_lora(
+        f"{layers}/attn/attn_vec_einsum{suffix}",
+        (depth, heads, head_dim, width),
+        heads * head_dim,
+        rank,
+    )
     for name, shape, inputs in (
         ("gating_einsum", (depth, 2, width, config.mlp_dim), width),
         ("linear", (depth, config.mlp_dim, width), config.mlp_dim),
     ):
         yield f"{layers}/mlp{suffix}/{name}", shape, fan_in(inputs)
         if config.lora:
-            yield f"{layers}/mlp{suffix}/{name}_lora_a", (*shape[:-1], config.lora.feed_forward_rank), normal(0.01)
-            yield f"{layers}/mlp{suffix}/{name}_lora_b", (*shape[:-2], config.lora.feed_forward_rank, shape[-1]), normal(0.01)
+            yield (
+                f"{layers}/mlp{suffix}/{name}_lora_a",
+                (*shape[:-1], config.lora.feed_forward_rank),
+                normal(0.01),
+            )
+            yield (
+                f"{layers}/mlp{suffix}/{name}_lora_b",
+                (*shape[:-2], config.lora.feed_forward_rank, shape[-1]),
+                normal(0.01),
+            )
     for name, stack in (
         (f"{layers}/pre_attention_norm{suffix}", (depth,)),
         (f"{layers}/pre_ffw_norm{suffix}", (depth,)),
@@ -117,7 +146,11 @@ def table(config: Pi0Config) -> dict[str, tuple[tuple[int, ...], Initializer]]:
     width, expert = config.paligemma.width, config.action_expert.width
     rows = [
         *siglip_table(config.siglip, width),
-        ("PaliGemma/llm/embedder/input_embedding", (config.vocab_size, width), normal(1 / math.sqrt(width))),
+        (
+            "PaliGemma/llm/embedder/input_embedding",
+            (config.vocab_size, width),
+            normal(1 / math.sqrt(width)),
+        ),
         *gemma_table(config.paligemma, "", adaptive=False),
         *gemma_table(config.action_expert, "_1", adaptive=config.is_pi05),
         *dense("action_in_proj", config.action_dim, expert),
@@ -152,7 +185,11 @@ def flatten(nested: dict, prefix: str = "") -> dict[str, object]:
     """Return {"a/b": value} of a nested dictionary."""
     flat: dict[str, object] = {}
     for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            flatten(value, f"{prefix}{key}/")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
@@ -164,7 +201,12 @@ def init_params(config: Pi0Config, key: jax.Array) -> dict:
     """
     rows = table(config)
     keys = jax.random.split(key, len(rows))
-    return unflatten({name: rows[name][1](one, rows[name][0]) for name, one in zip(sorted(rows), keys, strict=True)})
+    return unflatten(
+        {
+            name: rows[name][1](one, rows[name][0])
+            for name, one in zip(sorted(rows), keys, strict=True)
+        }
+    )
 
 
 def is_trainable(config: Pi0Config, name: str) -> bool:
@@ -172,7 +214,11 @@ def is_trainable(config: Pi0Config, name: str) -> bool:
     if "/llm/" not in name or "lora" in name:
         return True
     # Only the expert's names end a part in "_1"; the token embedding belongs to PaliGemma's tower.
-    tower = config.action_expert if any(part.endswith("_1") for part in name.split("/")) else config.paligemma
+    tower = (
+        config.action_expert
+        if any(part.endswith("_1") for part in name.split("/"))
+        else config.paligemma
+    )
     return tower.lora is None
 
 
@@ -180,4 +226,6 @@ def split_trainable(config: Pi0Config, params: dict) -> tuple[dict, dict]:
     """Return the arrays that training changes, as they are, and those that LoRA freezes, in bfloat16 as openpi keeps them; both flat."""
     flat = flatten(params)
     trained = {name: value for name, value in flat.items() if is_trainable(config, name)}
-    return trained, {name: value.astype(jnp.bfloat16) for name, value in flat.items() if name not in trained}
+    return trained, {
+        name: value.astype(jnp.bfloat16) for name, value in flat.items() if name not in trained
+    }

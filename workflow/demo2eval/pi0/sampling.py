@@ -60,9 +60,15 @@ def fold(config: Pi0Config, params: dict, num_steps: int = 10) -> dict:
     steps = {"time": jnp.asarray(times_of(num_steps))}
     if config.is_pi05:
         condition = time_condition(params, steps["time"], config.action_expert.width).astype(dtype)
-        norms = {name: jax.vmap(dense, in_axes=(0, None))(llm["layers"][name]["Dense_0"], condition) for name in ADAPTIVE_NORMS}
+        norms = {
+            name: jax.vmap(dense, in_axes=(0, None))(llm["layers"][name]["Dense_0"], condition)
+            for name in ADAPTIVE_NORMS
+        }
         # [num_steps, 1, 3 width] of each layer, the 1 to go with any batch.
-        steps["layers"] = [{name: norms[name][index][:, None] for name in ADAPTIVE_NORMS} for index in range(towers[1].depth)]
+        steps["layers"] = [
+            {name: norms[name][index][:, None] for name in ADAPTIVE_NORMS}
+            for index in range(towers[1].depth)
+        ]
         steps["final_norm_1"] = dense(llm["final_norm_1"]["Dense_0"], condition)[:, None]
     else:
         folded["PaliGemma"]["llm"]["final_norm_1"] = llm["final_norm_1"]
@@ -75,8 +81,13 @@ def _fold_siglip(params: dict, dtype) -> dict:
     for block in unstack(params["Transformer"]["encoderblock"]):
         attention = block.pop("MultiHeadDotProductAttention_0")
         joined = {
-            "kernel": jnp.concatenate([_matrix(attention[part]["kernel"], 1) for part in ("query", "key", "value")], axis=1),
-            "bias": jnp.concatenate([attention[part]["bias"].reshape(-1) for part in ("query", "key", "value")]),
+            "kernel": jnp.concatenate(
+                [_matrix(attention[part]["kernel"], 1) for part in ("query", "key", "value")],
+                axis=1,
+            ),
+            "bias": jnp.concatenate(
+                [attention[part]["bias"].reshape(-1) for part in ("query", "key", "value")]
+            ),
         }
         out = {"kernel": _matrix(attention["out"]["kernel"], 2), "bias": attention["out"]["bias"]}
         block["MultiHeadDotProductAttention_0"] = _cast({"qkv": joined, "out": out}, dtype)
@@ -93,14 +104,22 @@ def _fold_layer(towers: tuple[GemmaConfig, GemmaConfig], layer: dict, dtype) -> 
         if config.num_heads == config.num_kv_heads:
             heads = list(_merge(attention[f"qkv_einsum{suffix}"], config))
         else:
-            heads = [_merge(attention[f"q_einsum{suffix}"], config), *_merge(attention[f"kv_einsum{suffix}"], config)]
+            heads = [
+                _merge(attention[f"q_einsum{suffix}"], config),
+                *_merge(attention[f"kv_einsum{suffix}"], config),
+            ]
         qkv = jnp.concatenate([_matrix(head.transpose(1, 0, 2), 1) for head in heads], axis=1)
         out = _matrix(_merge_outputs(attention[f"attn_vec_einsum{suffix}"], config), 2)
         result["attn"] |= {f"qkv{suffix}": qkv.astype(dtype), f"out{suffix}": out.astype(dtype)}
         mlp = layer[f"mlp{suffix}"]
-        gate_and_up = jnp.concatenate(list(_merge_feed_forward(mlp, "gating_einsum", config)), axis=1)
+        gate_and_up = jnp.concatenate(
+            list(_merge_feed_forward(mlp, "gating_einsum", config)), axis=1
+        )
         down = _merge_feed_forward(mlp, "linear", config)
-        result[f"mlp{suffix}"] = {"gate_and_up": gate_and_up.astype(dtype), "down": down.astype(dtype)}
+        result[f"mlp{suffix}"] = {
+            "gate_and_up": gate_and_up.astype(dtype),
+            "down": down.astype(dtype),
+        }
         for norm in (f"pre_attention_norm{suffix}", f"pre_ffw_norm{suffix}"):
             if "scale" in layer[norm]:
                 result[norm] = layer[norm]
@@ -112,7 +131,9 @@ def _merge(params: dict, config: GemmaConfig) -> jax.Array:
     if config.lora is None:
         return params["w"]
     wide = {name: value.astype(jnp.float32) for name, value in params.items()}
-    return wide["w"] + (wide["lora_a"] @ wide["lora_b"]) * (config.lora.attention_alpha / config.lora.attention_rank)
+    return wide["w"] + (wide["lora_a"] @ wide["lora_b"]) * (
+        config.lora.attention_alpha / config.lora.attention_rank
+    )
 
 
 def _merge_outputs(params: dict, config: GemmaConfig) -> jax.Array:
@@ -139,7 +160,9 @@ def _cast(tree: dict, dtype) -> dict:
     return jax.tree.map(lambda array: array.astype(dtype), tree)
 
 
-def sample(config: Pi0Config, folded: dict, observation: Observation, noise: jax.Array) -> jax.Array:
+def sample(
+    config: Pi0Config, folded: dict, observation: Observation, noise: jax.Array
+) -> jax.Array:
     """Integrate the flow from noise at time 1 to actions at time 0 by Euler's method; the prefix is computed once.
 
     Args:
@@ -149,14 +172,25 @@ def sample(config: Pi0Config, folded: dict, observation: Observation, noise: jax
     Returns:
         actions, float32 [b, horizon, action_dim], normalised.
     """
-    towers, llm, steps = (config.paligemma, config.action_expert), folded["PaliGemma"]["llm"], folded["steps"]
+    towers, llm, steps = (
+        (config.paligemma, config.action_expert),
+        folded["PaliGemma"]["llm"],
+        folded["steps"],
+    )
     prefix, prefix_valid = embed_prefix(config, folded, observation)
     own_length = config.action_horizon + (0 if config.is_pi05 else 1)
     start, length = prefix.shape[1], prefix.shape[1] + own_length
     # One block that sees everything needs no mask; the kernel for that is worth its while if it is given enough to do.
-    unmasked = prefix_valid is None and config.is_pi05 and noise.shape[0] >= LARGE_BATCH and has_fused_attention(prefix.dtype)
+    unmasked = (
+        prefix_valid is None
+        and config.is_pi05
+        and noise.shape[0] >= LARGE_BATCH
+        and has_fused_attention(prefix.dtype)
+    )
     if not unmasked:
-        length = -(length // -8) * 8  # lengths that are no multiple of 8 are copied before each matrix product on a GPU
+        length = (
+            -(length // -8) * 8
+        )  # lengths that are no multiple of 8 are copied before each matrix product on a GPU
     caches = prefill(config, llm["layers"], prefix, prefix_valid, length)
     if prefix_valid is None:
         prefix_valid = jnp.ones((1, start), bool)
@@ -169,8 +203,14 @@ def sample(config: Pi0Config, folded: dict, observation: Observation, noise: jax
         mask = None if unmasked else _suffix_mask(prefix_valid, opens_block, length)
         positions, both, filled = seen + jnp.arange(own_length), [None, tokens], []
         for index, (params, cache) in enumerate(zip(llm["layers"], caches, strict=True)):
-            norms = {name: {"modulation": value} for name, value in at["layers"][index].items()} if config.is_pi05 else {}
-            both, cache = gemma.layer(towers, params | norms, both, [None, None], positions, mask, cache, start)
+            norms = (
+                {name: {"modulation": value} for name, value in at["layers"][index].items()}
+                if config.is_pi05
+                else {}
+            )
+            both, cache = gemma.layer(
+                towers, params | norms, both, [None, None], positions, mask, cache, start
+            )
             filled.append(cache)
         final = {"modulation": at["final_norm_1"]} if config.is_pi05 else llm["final_norm_1"]
         normed, _ = gemma.rms_norm(final, both[1], None)
@@ -183,12 +223,18 @@ def sample(config: Pi0Config, folded: dict, observation: Observation, noise: jax
 def _suffix_mask(prefix_valid: jax.Array, opens_block: jax.Array, length: int) -> jax.Array:
     """Return what the suffix may look at in a cache of `length`: prefix, itself, and not the empty rest, bool [b or 1, own, length]."""
     own = attention_mask(None, opens_block)
-    before = jnp.broadcast_to(prefix_valid[:, None], (prefix_valid.shape[0], own.shape[1], prefix_valid.shape[1]))
-    mask = jnp.concatenate([before, jnp.broadcast_to(own, (before.shape[0], *own.shape[1:]))], axis=-1)
+    before = jnp.broadcast_to(
+        prefix_valid[:, None], (prefix_valid.shape[0], own.shape[1], prefix_valid.shape[1])
+    )
+    mask = jnp.concatenate(
+        [before, jnp.broadcast_to(own, (before.shape[0], *own.shape[1:]))], axis=-1
+    )
     return jnp.pad(mask, ((0, 0), (0, 0), (0, length - mask.shape[-1])))
 
 
-def prefill(config: Pi0Config, layers: list[dict], prefix: jax.Array, valid: jax.Array | None, length: int) -> list:
+def prefill(
+    config: Pi0Config, layers: list[dict], prefix: jax.Array, valid: jax.Array | None, length: int
+) -> list:
     """Run the prefix through PaliGemma for its keys and values.
 
     Args:
@@ -203,7 +249,10 @@ def prefill(config: Pi0Config, layers: list[dict], prefix: jax.Array, valid: jax
     if valid is None:
         mask, positions = None, jnp.arange(prefix.shape[1])[None]
     else:
-        mask, positions = attention_mask(valid, jnp.zeros(prefix.shape[1], bool)), positions_of(valid)
+        mask, positions = (
+            attention_mask(valid, jnp.zeros(prefix.shape[1], bool)),
+            positions_of(valid),
+        )
     tokens, caches = [prefix], []
     for params in layers[:-1]:
         tokens, cache = gemma.layer((config.paligemma,), params, tokens, [None], positions, mask)
@@ -215,9 +264,15 @@ def prefill(config: Pi0Config, layers: list[dict], prefix: jax.Array, valid: jax
 
 def compiler_options(batch: int) -> dict[str, bool]:
     """Return XLA's options for `sample` on this device: for large batches, cuBLAS alone is faster than with Triton's products beside it."""
-    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" and batch >= LARGE_BATCH else {}
+    return (
+        {"xla_gpu_enable_triton_gemm": False}
+        if jax.default_backend() == "gpu" and batch >= LARGE_BATCH
+        else {}
+    )
 
 
-def sample_actions(config: Pi0Config, params: dict, observation: Observation, noise: jax.Array, num_steps: int = 10) -> jax.Array:
+def sample_actions(
+    config: Pi0Config, params: dict, observation: Observation, noise: jax.Array, num_steps: int = 10
+) -> jax.Array:
     """`sample` with the parameters as they are; for a single use."""
     return sample(config, fold(config, params, num_steps), observation, noise)

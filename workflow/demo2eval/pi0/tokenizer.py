@@ -66,7 +66,8 @@ class Tokenizer:
             symbols += [f"\u2581{value}" for value in range(-1, STATE_BINS)]
         model = io.BytesIO()
         characters = sorted(
-            {character for prompt in prompts for character in clean(prompt)} | set("0123456789-:;,.abcdefghijklmnopqrstuvwxyz")
+            {character for prompt in prompts for character in clean(prompt)}
+            | set("0123456789-:;,.abcdefghijklmnopqrstuvwxyz")
         )
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([*[clean(prompt) for prompt in prompts], " ".join(characters)]),
@@ -98,11 +99,20 @@ class Tokenizer:
     def _tokens(self, prompt: str, state: np.ndarray | None) -> list[int]:
         if state is None:
             # The line break that starts the answer is a token of its own.
-            return [self._pieces.bos_id(), *self._pieces.encode(clean(prompt)), *self._pieces.encode("\n")]
+            return [
+                self._pieces.bos_id(),
+                *self._pieces.encode(clean(prompt)),
+                *self._pieces.encode("\n"),
+            ]
         numbers = " ".join(str(int(value)) for value in discretize(np.asarray(state)))
-        return [self._pieces.bos_id(), *self._pieces.encode(f"Task: {clean(prompt)}, State: {numbers};\nAction: ")]
+        return [
+            self._pieces.bos_id(),
+            *self._pieces.encode(f"Task: {clean(prompt)}, State: {numbers};\nAction: "),
+        ]
 
-    def tokenize(self, prompt: str, state: np.ndarray | None, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def tokenize(
+        self, prompt: str, state: np.ndarray | None, max_len: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise a prompt.
 
         Args:
@@ -121,7 +131,9 @@ class Tokenizer:
         """Return the length that suffices for the prompts, with any state of `state_dim` values or (None) without state."""
         if state_dim is None:
             return max(len(self._tokens(prompt, None)) for prompt in prompts)
-        longest = max(range(-1, STATE_BINS), key=lambda value: len(self._pieces.encode(f" {value}")))
+        longest = max(
+            range(-1, STATE_BINS), key=lambda value: len(self._pieces.encode(f" {value}"))
+        )
         # The middle of the bin, so that rounding cannot leave it.
         value = -2.0 if longest < 0 else (longest + 0.5) / STATE_BINS * 2 - 1
         return max(len(self._tokens(prompt, np.full(state_dim, value))) for prompt in prompts)

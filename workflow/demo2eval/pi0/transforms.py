@@ -11,7 +11,15 @@ from PIL import Image
 
 from demo2eval.pi0.normalize import normalize, unnormalize
 
-__all__ = ["absolute_actions", "augment", "delta_actions", "normalize", "pad", "resize_with_pad", "unnormalize"]
+__all__ = [
+    "absolute_actions",
+    "augment",
+    "delta_actions",
+    "normalize",
+    "pad",
+    "resize_with_pad",
+    "unnormalize",
+]
 
 CROP = 0.95
 ROTATION_DEGREES = 5.0
@@ -29,7 +37,9 @@ def resize_with_pad(picture: np.ndarray, height: int, width: int) -> np.ndarray:
         return picture
     ratio = max(old_width / width, old_height / height)
     new_height, new_width = int(old_height / ratio), int(old_width / ratio)
-    resized = Image.fromarray(picture).resize((new_width, new_height), resample=Image.Resampling.BILINEAR)
+    resized = Image.fromarray(picture).resize(
+        (new_width, new_height), resample=Image.Resampling.BILINEAR
+    )
     result = np.zeros((height, width, 3), np.uint8)
     top, left = (height - new_height) // 2, (width - new_width) // 2
     result[top : top + new_height, left : left + new_width] = np.asarray(resized)
@@ -84,7 +94,9 @@ def augment(key: jax.Array, images: Mapping[str, jax.Array]) -> dict[str, jax.Ar
     result = {}
     for camera, pictures in images.items():
         one = _augment_fixed if "wrist" in camera else _augment_moving
-        result[camera] = jax.vmap(one)(jax.random.split(key, pictures.shape[0]), pictures / 2 + 0.5) * 2 - 1
+        result[camera] = (
+            jax.vmap(one)(jax.random.split(key, pictures.shape[0]), pictures / 2 + 0.5) * 2 - 1
+        )
     return result
 
 
@@ -104,14 +116,18 @@ def _crop_and_rotate(key: jax.Array, picture: jax.Array) -> jax.Array:
     crop_key, _, angle_key = jax.random.split(key, 3)
     size = jnp.array(picture.shape[:2], jnp.float32)
     cropped = jnp.array([int(side * CROP) for side in picture.shape[:2]], jnp.float32)
-    center = jax.random.uniform(crop_key, (2,), minval=(cropped - size) / 2, maxval=(size - cropped) / 2)
+    center = jax.random.uniform(
+        crop_key, (2,), minval=(cropped - size) / 2, maxval=(size - cropped) / 2
+    )
     limit = math.radians(ROTATION_DEGREES)
     angle = jax.random.uniform(angle_key, minval=-limit, maxval=limit)
     sine, cosine = jnp.sin(angle), jnp.cos(angle)
     y, x = jnp.mgrid[: picture.shape[0], : picture.shape[1]] - ((size - 1) / 2)[:, None, None]
     turned = jnp.stack([cosine * y + sine * x, cosine * x - sine * y])
     source = turned * (cropped / size)[:, None, None] + (center + (size - 1) / 2)[:, None, None]
-    sample = partial(jax.scipy.ndimage.map_coordinates, coordinates=source, order=1, mode="constant", cval=0.0)
+    sample = partial(
+        jax.scipy.ndimage.map_coordinates, coordinates=source, order=1, mode="constant", cval=0.0
+    )
     return jax.vmap(sample, in_axes=-1, out_axes=-1)(picture)
 
 
@@ -139,7 +155,9 @@ def _hue(picture: jax.Array, chroma: jax.Array) -> jax.Array:
     differences = jnp.stack([green - blue, blue - red, red - green], axis=-1)
     strongest = jnp.argmax(picture, axis=-1)
     difference = jnp.take_along_axis(differences, strongest[..., None], axis=-1)[..., 0]
-    return jnp.where(chroma == 0, 0.0, 2 * strongest + difference / jnp.where(chroma == 0, 1.0, chroma))
+    return jnp.where(
+        chroma == 0, 0.0, 2 * strongest + difference / jnp.where(chroma == 0, 1.0, chroma)
+    )
 
 
 def _adjust_brightness(value: jax.Array, amount: jax.Array) -> jax.Array:

@@ -24,14 +24,20 @@ class Settings:
     prompt: str = option("the instruction that the policy is given")
     variant: str = option("model variant, such as pi05 or pi05_tiny")
     model_overrides: dict = option("fields of Pi0Config that differ from the variant's")
-    weights: str | None = option("openpi checkpoint, or folder or file of safetensors; null: from scratch", None)
-    tokenizer: str | None = option("SentencePiece model; null: one is trained from the prompt", None)
+    weights: str | None = option(
+        "openpi checkpoint, or folder or file of safetensors; null: from scratch", None
+    )
+    tokenizer: str | None = option(
+        "SentencePiece model; null: one is trained from the prompt", None
+    )
     seed: int = option("seed of the initial weights", 0)
     cameras: dict = option("camera of the model -> camera of ManiSkill")
     image_size: int = option("side of the rendered pictures, pixels")
     state: list = option("parts of the state vector, in order")
     control_mode: str = option("ManiSkill control mode of the actions")
-    delta_action_mask: list | None = option("per action dimension, whether it is a difference from the state; null: none", None)
+    delta_action_mask: list | None = option(
+        "per action dimension, whether it is a difference from the state; null: none", None
+    )
 
 
 def asset_id(task: str) -> str:
@@ -51,7 +57,9 @@ def describe(settings: Settings, norm_stats: dict, tokenizer) -> PolicyDescripti
         overrides.setdefault("vocab_size", tokenizer.vocab_size)
     config = make_config(settings.variant, **overrides)
     state_dim = norm_stats["state"].mean.shape[-1] if config.discrete_state_input else None
-    overrides["max_token_len"] = min(config.max_token_len, tokenizer.needed_length([settings.prompt], state_dim))
+    overrides["max_token_len"] = min(
+        config.max_token_len, tokenizer.needed_length([settings.prompt], state_dim)
+    )
     return PolicyDescription(
         variant=settings.variant,
         model_overrides=overrides,
@@ -86,7 +94,9 @@ def write_params(settings: Settings, config, folder: Path) -> str:
         return tree_digest(params)
     source = Path(settings.weights)
     if not source.exists():
-        raise UserError(f"the base weights {source} do not exist; put them there, or train from scratch with weights null.")
+        raise UserError(
+            f"the base weights {source} do not exist; put them there, or train from scratch with weights null."
+        )
     if (source / "params").is_dir():
         folder.symlink_to((source / "params").absolute(), target_is_directory=True)
     else:
@@ -110,7 +120,13 @@ def add_lora(settings: Settings, config, folder: Path) -> None:
         return
     check_params(without_lora(config), base, Path(settings.weights))
     folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
-    draw = jax.jit(lambda key: {name: value for name, value in flatten(init_params(config, key)).items() if "lora" in name})
+    draw = jax.jit(
+        lambda key: {
+            name: value
+            for name, value in flatten(init_params(config, key)).items()
+            if "lora" in name
+        }
+    )
     save_params(folder, unflatten(base | draw(jax.random.key(settings.seed))))
 
 
@@ -121,14 +137,23 @@ def load_tokenizer(settings: Settings):
     if settings.tokenizer is not None:
         return Tokenizer.from_file(settings.tokenizer)
     if settings.weights is not None:
-        raise UserError("published weights need the tokenizer that they were trained with; set model.tokenizer to its file.")
-    return Tokenizer.train([settings.prompt], with_state=bool(settings.model_overrides.get("discrete_state_input", False)))
+        raise UserError(
+            "published weights need the tokenizer that they were trained with; set model.tokenizer to its file."
+        )
+    return Tokenizer.train(
+        [settings.prompt],
+        with_state=bool(settings.model_overrides.get("discrete_state_input", False)),
+    )
 
 
 def init_checkpoint(settings: Settings, norm_stats: Path, output: Path) -> None:
     """Make checkpoint 0 at `output` (results/<run>/checkpoints/0.json) from the manifest of the norm stats."""
     with making(
-        output, stage="init_checkpoint", module=__spec__.name, settings=settings, inputs={"norm_stats": norm_stats}
+        output,
+        stage="init_checkpoint",
+        module=__spec__.name,
+        settings=settings,
+        inputs={"norm_stats": norm_stats},
     ) as work:
         if not work.finished:
             _make(settings, norm_stats, work)
@@ -166,7 +191,10 @@ def parameter_count(config) -> int:
 
     from demo2eval.pi0.params import init_params
 
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_params(config, jax.random.key(0)))))
+    return sum(
+        leaf.size
+        for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    )
 
 
 def dataset_digest(norm_stats: Path) -> str:
@@ -178,7 +206,9 @@ def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__, Settings)
     parser.add_argument("--norm-stats", type=Path, required=True, help="manifest of the norm stats")
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write, <run>/checkpoints/0.json")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="manifest to write, <run>/checkpoints/0.json"
+    )
     arguments = parser.parse_args()
     init_checkpoint(settings_from(arguments, Settings), arguments.norm_stats, arguments.output)
 

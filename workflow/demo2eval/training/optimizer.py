@@ -4,7 +4,9 @@ import jax
 import optax
 
 
-def make_schedule(warmup_steps: int, peak_lr: float, decay_steps: int, decay_lr: float) -> optax.Schedule:
+def make_schedule(
+    warmup_steps: int, peak_lr: float, decay_steps: int, decay_lr: float
+) -> optax.Schedule:
     """Return the learning rate as a function of the step.
 
     Linear from peak_lr / (warmup_steps + 1) to peak_lr, then a cosine to decay_lr, which is reached at `decay_steps`, the warm-up
@@ -20,10 +22,18 @@ def make_schedule(warmup_steps: int, peak_lr: float, decay_steps: int, decay_lr:
 
 
 def make_optimizer(
-    schedule: optax.Schedule, clip: float = 1.0, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 1e-10
+    schedule: optax.Schedule,
+    clip: float = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-10,
 ) -> optax.GradientTransformation:
     """Return AdamW (Loshchilov and Hutter, 2019), with decay on all parameters, after clipping the gradient's global norm."""
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    )
 
 
 def ema_update(average, params, decay: float):

@@ -55,9 +55,13 @@ def load_train_state(path: Path, optimizer: optax.GradientTransformation):
     try:
         template = checkpointer.metadata(path.absolute()).item_metadata.tree
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
-        saved = checkpointer.restore(path.absolute(), ocp.args.PyTreeRestore(item=template, restore_args=arguments))
+        saved = checkpointer.restore(
+            path.absolute(), ocp.args.PyTreeRestore(item=template, restore_args=arguments)
+        )
     except (ValueError, FileNotFoundError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete this checkpoint, and its segment trains again.") from error
+        raise UserError(
+            f"{path} cannot be read ({error}); delete this checkpoint, and its segment trains again."
+        ) from error
     structure = jax.tree.structure(jax.eval_shape(optimizer.init, saved["params"]))
     leaves = [saved["opt_state"][key] for key in sorted(saved["opt_state"])]
     if structure.num_leaves != len(leaves):

@@ -42,7 +42,9 @@ class Settings:
     augment: bool = option("openpi's random crop, rotation and colour jitter", True)
     state_noise: float = option("standard deviation of noise on the joints, radians", 0.0)
     random_shift: int = option("largest random shift of the pictures, pixels", 0)
-    num_noise_samples: int = option("draws of noise and time a sample, for which its pictures are read once", 1)
+    num_noise_samples: int = option(
+        "draws of noise and time a sample, for which its pictures are read once", 1
+    )
     num_val_demos: int = option("the last so many demonstrations are not trained on", 0)
 
 
@@ -52,7 +54,13 @@ def payload_of(manifest: Path) -> Path:
 
 
 def make_train_step(
-    config, optimizer, ema_decay: float | None, augment: bool, *, random_shift: int = 0, num_noise_samples: int = 1
+    config,
+    optimizer,
+    ema_decay: float | None,
+    augment: bool,
+    *,
+    random_shift: int = 0,
+    num_noise_samples: int = 1,
 ) -> Callable:
     """Return the jitted function (state, batch, key) -> (state, metrics).
 
@@ -74,8 +82,13 @@ def make_train_step(
         augment_key, loss_key = jax.random.split(key)
         images = batch["images"]
         if random_shift:
-            images = augmentation.random_shift(jax.random.fold_in(augment_key, 1), images, random_shift)
-        images = {camera: pixels.astype(jnp.float32) / 255.0 * 2.0 - 1.0 for camera, pixels in images.items()}
+            images = augmentation.random_shift(
+                jax.random.fold_in(augment_key, 1), images, random_shift
+            )
+        images = {
+            camera: pixels.astype(jnp.float32) / 255.0 * 2.0 - 1.0
+            for camera, pixels in images.items()
+        }
         if augment:
             images = transforms.augment(augment_key, images)
         observation = Observation(
@@ -85,7 +98,14 @@ def make_train_step(
             tokenized_prompt_mask=batch["tokenized_prompt_mask"],
         )
         return jnp.mean(
-            compute_loss(config, unflatten(trained | frozen), loss_key, observation, batch["actions"], num_noise_samples)
+            compute_loss(
+                config,
+                unflatten(trained | frozen),
+                loss_key,
+                observation,
+                batch["actions"],
+                num_noise_samples,
+            )
         )
 
     @partial(jax.jit, donate_argnums=0)
@@ -123,7 +143,9 @@ def start_state(previous: Path, step: int, config, optimizer, ema_decay: float |
     state = {"params": params, "frozen": frozen, "opt_state": opt_state}
     if ema_decay is not None:
         # A copy: the step's buffers are donated, so nothing may be in the state twice.
-        state["ema"] = {name: jnp.array(value, jnp.float32, copy=True) for name, value in averaged.items()}
+        state["ema"] = {
+            name: jnp.array(value, jnp.float32, copy=True) for name, value in averaged.items()
+        }
     return jax.device_put(state)
 
 
@@ -135,7 +157,16 @@ def batches(settings: Settings, data, first_step: int) -> Iterator[dict]:
         yield jax.device_put(data.batch(step, settings.batch_size, settings.seed))
 
 
-def train(settings: Settings, config, state: dict, data, first_step: int, metrics_file: Path, optimizer, schedule) -> dict:
+def train(
+    settings: Settings,
+    config,
+    state: dict,
+    data,
+    first_step: int,
+    metrics_file: Path,
+    optimizer,
+    schedule,
+) -> dict:
     """Train from `first_step` to `settings.to_step` and return the state; write the loss log on the way.
 
     Raises:
@@ -157,16 +188,23 @@ def train(settings: Settings, config, state: dict, data, first_step: int, metric
     )
     root_key = jax.random.key(settings.seed)
     pending = []
-    bar = tqdm(total=settings.to_step, initial=first_step, unit="step", mininterval=2, desc="training")
+    bar = tqdm(
+        total=settings.to_step, initial=first_step, unit="step", mininterval=2, desc="training"
+    )
     with open(metrics_file, "w", newline="") as file, bar:
         log = csv.writer(file)
         log.writerow(["step", "loss", "grad_norm", "learning_rate"])
-        for step, batch in enumerate(prefetch(batches(settings, data, first_step), depth=2), start=first_step):
+        for step, batch in enumerate(
+            prefetch(batches(settings, data, first_step), depth=2), start=first_step
+        ):
             state, metrics = train_step(state, batch, jax.random.fold_in(root_key, step))
             pending.append(metrics)
             if (step + 1) % REPORT_EVERY and step + 1 < settings.to_step:
                 continue
-            means = {key: float(np.mean([item[key] for item in jax.device_get(pending)])) for key in metrics}
+            means = {
+                key: float(np.mean([item[key] for item in jax.device_get(pending)]))
+                for key in metrics
+            }
             bar.update(len(pending))
             bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
             log.writerow([step + 1, means["loss"], means["grad_norm"], float(schedule(step))])
@@ -180,7 +218,11 @@ def train(settings: Settings, config, state: dict, data, first_step: int, metric
 
 def prune_train_states(checkpoints: Path, step: int) -> None:
     """Remove the training states of all checkpoints up to `step` but the newest two; weights and manifests stay."""
-    steps = sorted(int(path.parent.name) for path in checkpoints.glob("*/train_state") if path.parent.name.isdigit())
+    steps = sorted(
+        int(path.parent.name)
+        for path in checkpoints.glob("*/train_state")
+        if path.parent.name.isdigit()
+    )
     for old in [item for item in steps if item <= step][:-TRAIN_STATES_KEPT]:
         shutil.rmtree(checkpoints / str(old) / "train_state")
 
@@ -188,7 +230,9 @@ def prune_train_states(checkpoints: Path, step: int) -> None:
 def train_segment(settings: Settings, previous: Path, cache: Path, output: Path) -> None:
     """Train from the checkpoint of manifest `previous` to `settings.to_step` and write the manifest `output`."""
     inputs = {"previous": previous, "cache": cache}
-    with making(output, stage="train_segment", module=__spec__.name, settings=settings, inputs=inputs) as work:
+    with making(
+        output, stage="train_segment", module=__spec__.name, settings=settings, inputs=inputs
+    ) as work:
         if not work.finished:
             _make(settings, previous, cache, work)
     prune_train_states(output.parent, settings.to_step)
@@ -205,13 +249,21 @@ def _make(settings: Settings, previous: Path, cache: Path, work: Work) -> None:
 
     first_step = read_manifest(previous)["facts"]["step"]
     if first_step >= settings.to_step:
-        raise UserError(f"{previous} is of step {first_step}, not before {settings.to_step}; give the checkpoint before.")
+        raise UserError(
+            f"{previous} is of step {first_step}, not before {settings.to_step}; give the checkpoint before."
+        )
     source, payload = payload_of(previous), payload_of(work.output)
     config = read_description(source).config
-    schedule = make_schedule(settings.warmup_steps, settings.peak_lr, settings.decay_steps, settings.decay_lr)
-    optimizer = make_optimizer(schedule, clip=settings.clip_gradient_norm, weight_decay=settings.weight_decay)
+    schedule = make_schedule(
+        settings.warmup_steps, settings.peak_lr, settings.decay_steps, settings.decay_lr
+    )
+    optimizer = make_optimizer(
+        schedule, clip=settings.clip_gradient_norm, weight_decay=settings.weight_decay
+    )
     state = start_state(source, first_step, config, optimizer, settings.ema_decay)
-    data = TrainingData.for_policy(cache.parent, source, state_noise=settings.state_noise, num_val_demos=settings.num_val_demos)
+    data = TrainingData.for_policy(
+        cache.parent, source, state_noise=settings.state_noise, num_val_demos=settings.num_val_demos
+    )
 
     shutil.rmtree(payload, ignore_errors=True)
     shutil.rmtree(work.partial)
@@ -226,7 +278,10 @@ def _make(settings: Settings, previous: Path, cache: Path, work: Work) -> None:
     work.partial.rename(payload)
     kept = [item for item in payload.iterdir() if item.name != "train_state"]
     rate = settings.batch_size * (settings.to_step - first_step) / seconds
-    print(f"trained steps {first_step} to {settings.to_step} in {seconds:.0f} s, {rate:.1f} samples/s", file=sys.stderr)
+    print(
+        f"trained steps {first_step} to {settings.to_step} in {seconds:.0f} s, {rate:.1f} samples/s",
+        file=sys.stderr,
+    )
     work.finish(
         kept,
         digest=tree_digest(jax.device_get(published)),
@@ -241,11 +296,20 @@ def _make(settings: Settings, previous: Path, cache: Path, work: Work) -> None:
 def main() -> None:
     """Run the stage from the command line."""
     parser = stage_parser(__doc__, Settings)
-    parser.add_argument("--previous", type=Path, required=True, help="manifest of the checkpoint before")
+    parser.add_argument(
+        "--previous", type=Path, required=True, help="manifest of the checkpoint before"
+    )
     parser.add_argument("--cache", type=Path, required=True, help="manifest of the training cache")
-    parser.add_argument("--output", type=Path, required=True, help="manifest to write, <run>/checkpoints/<step>.json")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="manifest to write, <run>/checkpoints/<step>.json",
+    )
     arguments = parser.parse_args()
-    train_segment(settings_from(arguments, Settings), arguments.previous, arguments.cache, arguments.output)
+    train_segment(
+        settings_from(arguments, Settings), arguments.previous, arguments.cache, arguments.output
+    )
 
 
 if __name__ == "__main__":
