@@ -210,7 +210,7 @@ def compare_conversion(settings: Settings, replay: Path, folder: Path, repeats: 
         return timed(function, repeats, before=lambda: shutil.rmtree(at, ignore_errors=True))
 
     fast = convert(lambda: dataset(settings, [replay], ours / "manifest.json"), ours, repeats)
-    frames = read_manifest(ours / "manifest.json")["facts"]["frames"]
+    frames = read_manifest(ours / "manifest.json")["metadata"]["frames"]
     show(
         f"demo2eval, {storage}", frames, "frames", fast, f"{size_of(ours / 'lerobot') / 1e6:.2f} MB"
     )
@@ -383,7 +383,7 @@ def bins_off(running: Running, ordered: np.ndarray, quantile: float) -> np.ndarr
 def compare_statistics(made: Path, folder: Path, repeats: int) -> None:
     """Print the times of both statistics of the dataset of manifest `made`, and how far they are from exact ones."""
     root, output = dataset_root(made), folder / "norm_stats" / "manifest.json"
-    info, rows = read_info(root), read_manifest(made)["facts"]["frames"]
+    info, rows = read_info(root), read_manifest(made)["metadata"]["frames"]
     settings = norm_stats.Settings(action_horizon=HORIZON, delta_action_mask=MASK)
 
     def ours() -> None:
@@ -572,7 +572,7 @@ def measure(settings: Settings, arguments: argparse.Namespace, folder: Path) -> 
             compare_conversion(storage, arguments.replay, folder, arguments.repeats)
     else:
         dataset(video, [arguments.replay], made)
-    facts = read_manifest(made)["facts"]
+    facts = read_manifest(made)["metadata"]
     print(
         f"dataset of {facts['episodes']} demonstrations, {facts['frames']} frames, {facts['pictures']} pictures a camera"
     )

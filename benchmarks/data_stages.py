@@ -74,7 +74,7 @@ class Stage:
     def size(self) -> int:
         """Bytes of the payload."""
         return sum(
-            file["bytes"] for manifest in self.manifests for file in manifest["files"].values()
+            file["bytes"] for manifest in self.manifests for file in manifest["outputs"].values()
         )
 
     def cells(self, run: str) -> list[str]:
@@ -109,7 +109,7 @@ def inputs(manifests: Iterable[dict], name: str, base: Path) -> list[dict]:
 
 def total(manifests: list[dict], fact: str) -> int | None:
     """Return the sum of a fact over manifests, None if any lacks it."""
-    values = [manifest["facts"].get(fact) for manifest in manifests]
+    values = [manifest["metadata"].get(fact) for manifest in manifests]
     return None if None in values else sum(values)
 
 
@@ -124,7 +124,7 @@ def data_stages(results: Path, run: str) -> list[Stage]:
     (made,) = inputs([stats], "dataset", base)
     replays = inputs([made], "replays", base)
     demos = inputs(replays, "demos", base)
-    facts = made["facts"]
+    facts = made["metadata"]
     cameras, frames = len(made["settings"]["cameras"]), facts["frames"]
     pictures = facts["pictures"] * cameras
     stages = [
@@ -154,7 +154,7 @@ def data_stages(results: Path, run: str) -> list[Stage]:
         Stage(
             "norm_stats",
             [stats],
-            (stats["facts"]["rows"], "rows"),
+            (stats["metadata"]["rows"], "rows"),
             demonstrations=facts["episodes"],
             frames=frames,
         ),
@@ -162,7 +162,7 @@ def data_stages(results: Path, run: str) -> list[Stage]:
     for path in sorted(results.glob("caches/*/manifest.json")):
         cache = read_manifest(path)
         if cache["inputs"]["dataset"][0]["digest"] == made["digest"]:
-            looks = cache["facts"]["looks"] * cameras
+            looks = cache["metadata"]["looks"] * cameras
             name = f"training_cache, {cache['settings']['image_size']} px"
             stages.append(
                 Stage(

@@ -7,7 +7,7 @@ and simulator at a small size. The first copy is left alone. In every other one,
 process group) once in each stage, at an instant drawn from the time that the stage took undisturbed; each kill is followed by the same
 command. In every second copy Snakemake alone is killed, and its jobs live on.
 At the end a copy must hold the same files as the first: HDF5, parquet, mp4 and metadata byte for byte, the decoded pictures, and all that
-manifests say but times. Work that was finished when the kill came must be untouched, nothing may be left over, and the command, given once
+manifests say but times. StageJob that was finished when the kill came must be untouched, nothing may be left over, and the command, given once
 more, must find nothing to do. The exit status is 1 otherwise.
 """
 
@@ -140,7 +140,7 @@ def finished(folder: Path) -> dict[Path, tuple]:
     """Return {manifest below results/: what changes when it, or a file that it lists, is written again}."""
     states = {}
     for manifest in (folder / "results").glob("*/**/manifest.json"):
-        files = [manifest.parent / name for name in json.loads(manifest.read_text())["files"]]
+        files = [manifest.parent / name for name in json.loads(manifest.read_text())["outputs"]]
         states[manifest.relative_to(folder)] = tuple(
             (file.stat().st_ino, file.stat().st_mtime_ns) for file in files
         )

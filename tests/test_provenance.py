@@ -10,20 +10,20 @@ import time
 import pytest
 
 from demo2eval.errors import UserError
-from demo2eval.provenance import input_digest, making, read_manifest
+from demo2eval.provenance import input_digest, run_stage, read_manifest
 
 MODULE = "demo2eval.checkpoints.policy_metadata"
 
 
 def make(output, settings=None, inputs=None, text="payload"):
     """Run a stage that writes one file; return whether it had to."""
-    with making(
+    with run_stage(
         output, stage="test", module=MODULE, settings=settings or {"a": 1}, inputs=inputs
-    ) as work:
-        if work.finished:
+    ) as job:
+        if job.reused:
             return False
-        (work.folder / "payload.txt").write_text(text)
-        work.finish([work.folder / "payload.txt"], count=1)
+        (job.folder / "payload.txt").write_text(text)
+        job.finish([job.folder / "payload.txt"], count=1)
     return True
 
 
@@ -35,8 +35,8 @@ def test_a_manifest_tells_what_made_the_payload(tmp_path):
     manifest = read_manifest(output)
     assert manifest["settings"] == {"a": 1}
     assert manifest["inputs"]["source"] == [{"path": str(source), "digest": input_digest(source)}]
-    assert manifest["files"]["payload.txt"]["bytes"] == len("payload")
-    assert manifest["facts"] == {"count": 1}
+    assert manifest["outputs"]["payload.txt"]["bytes"] == len("payload")
+    assert manifest["metadata"] == {"count": 1}
     assert "python" in manifest["versions"]
 
 
@@ -74,12 +74,12 @@ def test_the_digest_is_of_the_content_alone(tmp_path):
 
 def test_partial_files_survive_and_those_of_other_settings_are_removed(tmp_path):
     output = tmp_path / "manifest.json"
-    with making(output, stage="test", module=MODULE, settings={"a": 1}) as work:
-        (work.partial / "half").write_text("half")
-    with making(output, stage="test", module=MODULE, settings={"a": 1}) as work:
-        assert (work.partial / "half").read_text() == "half"
-    with making(output, stage="test", module=MODULE, settings={"a": 2}) as work:
-        assert list(work.partial.iterdir()) == []
+    with run_stage(output, stage="test", module=MODULE, settings={"a": 1}) as job:
+        (job.partial / "half").write_text("half")
+    with run_stage(output, stage="test", module=MODULE, settings={"a": 1}) as job:
+        assert (job.partial / "half").read_text() == "half"
+    with run_stage(output, stage="test", module=MODULE, settings={"a": 2}) as job:
+        assert list(job.partial.iterdir()) == []
     assert len(list(tmp_path.glob(".manifest.partial-*"))) == 1
 
 
@@ -88,12 +88,12 @@ def test_the_manifest_of_other_work_is_gone_before_its_payload_is_touched(tmp_pa
     make(output, {"a": 1})
     with (
         contextlib.suppress(KeyboardInterrupt),
-        making(output, stage="test", module=MODULE, settings={"a": 2}) as work,
+        run_stage(output, stage="test", module=MODULE, settings={"a": 2}) as work,
     ):
         assert not output.exists()
         assert not work.done_file.exists()
-        (work.partial / "payload.txt").write_text("PAYLOAD")
-        (work.partial / "payload.txt").replace(work.folder / "payload.txt")
+        (job.partial / "payload.txt").write_text("PAYLOAD")
+        (job.partial / "payload.txt").replace(job.folder / "payload.txt")
         raise KeyboardInterrupt
     assert not output.exists()
     # The new payload is as long as the old one, and still nobody takes it for that.
@@ -102,8 +102,8 @@ def test_the_manifest_of_other_work_is_gone_before_its_payload_is_touched(tmp_pa
 
 
 def _killed(output):
-    with making(output, stage="test", module=MODULE, settings={"a": 2}) as work:
-        (work.folder / "payload.txt").write_text("PAYLOAD")
+    with run_stage(output, stage="test", module=MODULE, settings={"a": 2}) as job:
+        (job.folder / "payload.txt").write_text("PAYLOAD")
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -124,18 +124,18 @@ def test_a_refusal_leaves_other_work_as_it_was(tmp_path):
     output = tmp_path / "manifest.json"
     make(output, {"a": 1})
     before = output.read_bytes(), output.stat().st_mtime_ns
-    with pytest.raises(UserError), making(output, stage="test", module=MODULE, settings={"a": 2}):
+    with pytest.raises(UserError), run_stage(output, stage="test", module=MODULE, settings={"a": 2}):
         raise UserError("these settings are refused.")
     assert (output.read_bytes(), output.stat().st_mtime_ns) == before
     assert not make(output, {"a": 1})
 
 
 def _slow(output, started):
-    with making(output, stage="test", module=MODULE, settings={"a": 1}) as work:
+    with run_stage(output, stage="test", module=MODULE, settings={"a": 1}) as job:
         started.set()
         time.sleep(1.0)
-        (work.folder / "payload.txt").write_text("payload")
-        work.finish([work.folder / "payload.txt"])
+        (job.folder / "payload.txt").write_text("payload")
+        job.finish([job.folder / "payload.txt"])
 
 
 def test_a_duplicate_waits_and_adopts(tmp_path):

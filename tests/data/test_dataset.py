@@ -52,7 +52,7 @@ def test_the_official_reader_gives_the_demonstrations_back(stored, pushcube_repl
     storage, folder, manifest = stored
     opened = LeRobotDataset("demo2eval/any", root=folder / "lerobot", video_backend="pyav")
     assert opened.num_episodes == 3
-    assert len(opened) == sum(manifest["facts"]["lengths"]) == manifest["facts"]["frames"]
+    assert len(opened) == sum(manifest["metadata"]["lengths"]) == manifest["metadata"]["frames"]
     names = opened.features["observation.state"]["names"]
     assert names[0] == "panda_joint1"
     assert len(names) == 16
@@ -92,7 +92,7 @@ def test_official_chunks_stop_at_the_end_of_the_episode(stored):
     opened = LeRobotDataset(
         "demo2eval/any", root=folder / "lerobot", video_backend="pyav", delta_timestamps=times
     )
-    last = opened[manifest["facts"]["lengths"][0] - 2]
+    last = opened[manifest["metadata"]["lengths"][0] - 2]
     assert last["action_is_pad"].tolist() == [False, False, True, True]
 
 
@@ -120,7 +120,7 @@ def test_statistics_are_those_of_all_values(stored, pushcube_replay):
 
 def test_the_manifest_says_what_video_lost(stored):
     storage, _, manifest = stored
-    psnr = manifest["facts"]["psnr_db"]
+    psnr = manifest["metadata"]["psnr_db"]
     assert psnr is None if storage == "png" else psnr["base_camera"] > 50
 
 
@@ -201,7 +201,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_finished(
     assert not (tmp_path / "manifest.json").exists()
     assert not (tmp_path / "lerobot").exists()
     assert all(path.suffix for path in tmp_path.glob(".manifest.partial-*/shard-*"))
-    assert make(tmp_path, pushcube_shards)["facts"]["episodes"] == 3
+    assert make(tmp_path, pushcube_shards)["metadata"]["episodes"] == 3
 
 
 def test_finished_shards_are_not_written_again(pushcube_shards, tmp_path, monkeypatch):
@@ -225,10 +225,10 @@ def test_finished_shards_are_not_written_again(pushcube_shards, tmp_path, monkey
 
 def test_count_takes_the_first_demonstrations_across_shards(pushcube_shards, tmp_path):
     manifest = make(tmp_path, pushcube_shards, count=2)
-    seeds = read_manifest(pushcube_shards[0])["facts"]["seeds"]
-    assert manifest["facts"]["seeds"] == seeds[:2]
-    assert manifest["facts"]["episodes"] == 2
-    assert make(tmp_path / "all", pushcube_shards[::-1], count=2)["facts"]["seeds"] == [
+    seeds = read_manifest(pushcube_shards[0])["metadata"]["seeds"]
+    assert manifest["metadata"]["seeds"] == seeds[:2]
+    assert manifest["metadata"]["episodes"] == 2
+    assert make(tmp_path / "all", pushcube_shards[::-1], count=2)["metadata"]["seeds"] == [
         seeds[2],
         seeds[0],
     ]

@@ -130,7 +130,7 @@ def test_the_file_is_openpis_and_the_manifest_names_what_hardly_varies(pushcube,
         load_norm_stats(tmp_path / "norm_stats.json")["actions"].q99,
         compute(columns, settings)["actions"].q99,
     )
-    facts = read_manifest(tmp_path / "manifest.json")["facts"]
+    facts = read_manifest(tmp_path / "manifest.json")["metadata"]
     assert facts["rows"] == len(columns["action"])
     assert facts["actions_counted"] == "every step of every chunk, as openpi's"
     # PushCube keeps its gripper closed.

@@ -42,7 +42,7 @@ def planned(tmp_path_factory) -> Path:
 
 def test_a_shard_holds_the_demonstrations_that_were_asked_for(planned):
     demonstrations, _ = read_demonstrations(planned.parent / "trajectory.h5", "PushCube-v1")
-    facts = read_manifest(planned)["facts"]
+    facts = read_manifest(planned)["metadata"]
     assert len(demonstrations) == facts["demonstrations"] == 3
     assert facts["seeds"] == [demonstration.seed for demonstration in demonstrations]
     assert facts["attempts"] == 3 + len(facts["failures"])

@@ -203,7 +203,7 @@ def converted_shard(pushcube_demos, tmp_path_factory) -> Path:
 
 
 def test_another_control_mode_is_converted_and_succeeds(converted_shard):
-    facts = read_manifest(converted_shard)["facts"]
+    facts = read_manifest(converted_shard)["metadata"]
     assert facts["demonstrations"] + len(facts["lost_in_conversion"]) == 3
     assert facts["demonstrations"] >= 2
     demonstrations, _ = read_demonstrations(converted_shard.parent / "trajectory.h5", "PushCube-v1")
@@ -287,7 +287,7 @@ def test_pictures_that_are_there_are_taken_as_they_are(
     monkeypatch.setattr("demo2eval.data.replay.make_environment", refuse)
     output = tmp_path / "shard-000" / "manifest.json"
     replay(rendered_settings(image_stride=image_stride), imported, output)
-    facts = read_manifest(output)["facts"]
+    facts = read_manifest(output)["metadata"]
     assert facts["already_rendered"] == facts["demonstrations"] == 2
     with (
         h5py.File(rendered_file) as recorded,
@@ -307,7 +307,7 @@ def test_pictures_that_are_there_are_taken_as_they_are(
 def test_pictures_of_another_size_are_rendered_and_look_alike(imported, rendered_file, tmp_path):
     output = tmp_path / "shard-000" / "manifest.json"
     replay(rendered_settings(image_size=2 * RENDERED_SIZE, image_stride=60), imported, output)
-    assert read_manifest(output)["facts"]["already_rendered"] == 0
+    assert read_manifest(output)["metadata"]["already_rendered"] == 0
     with (
         h5py.File(rendered_file) as recorded,
         h5py.File(output.parent / "trajectory.h5") as replayed,
@@ -324,7 +324,7 @@ def test_pictures_of_another_size_are_rendered_and_look_alike(imported, rendered
 def test_another_control_mode_does_not_take_the_pictures(imported, tmp_path):
     output = tmp_path / "shard-000" / "manifest.json"
     replay(rendered_settings(control_mode="pd_joint_delta_pos", image_stride=60), imported, output)
-    facts = read_manifest(output)["facts"]
+    facts = read_manifest(output)["metadata"]
     assert facts["demonstrations"] > 0
     assert facts["already_rendered"] == 0
 
@@ -368,4 +368,4 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_finished(imported, tmp_path)
     assert not output.exists()
     assert not (output.parent / "trajectory.h5").exists()
     replay(rendered_settings(), imported, output)
-    assert read_manifest(output)["facts"]["demonstrations"] == 2
+    assert read_manifest(output)["metadata"]["demonstrations"] == 2

@@ -189,7 +189,7 @@ def test_a_control_mode_that_does_not_match_the_actions(pair):
 def test_import_takes_the_first_and_keeps_them_exactly(pair, tmp_path):
     output = tmp_path / "shard-000" / "manifest.json"
     import_demos(Settings(task="PushCube-v1", count=2), pair, output)
-    facts = read_manifest(output)["facts"]
+    facts = read_manifest(output)["metadata"]
     assert (facts["demonstrations"], facts["found"]) == (2, 3)
     demonstrations, _ = read_demonstrations(output.parent / "trajectory.h5", "PushCube-v1")
     originals, _ = read_demonstrations(pair, "PushCube-v1")

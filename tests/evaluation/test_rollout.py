@@ -29,7 +29,7 @@ from demo2eval.evaluation.workers import (
     play_episode,
 )
 from demo2eval.pi0.normalize import NormStats, save_norm_stats
-from demo2eval.provenance import making, read_manifest, sha256_file
+from demo2eval.provenance import run_stage, read_manifest, sha256_file
 from demo2eval.training.init_checkpoint import Settings as InitSettings
 from demo2eval.training.init_checkpoint import init_checkpoint
 
@@ -161,18 +161,18 @@ def run(tmp_path_factory) -> Path:
     """A folder with the manifests of a dataset and of checkpoint 0, whose policy moves the arm a little."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "dataset.txt").write_text("stands for a dataset")
-    with making(
+    with run_stage(
         folder / "dataset.json", stage="dataset", module="demo2eval.data.dataset", settings={}
-    ) as work:
-        work.finish([folder / "dataset.txt"], seeds=[1000, 1001])
+    ) as job:
+        job.finish([folder / "dataset.txt"], seeds=[1000, 1001])
     inputs = {"dataset": folder / "dataset.json"}
-    with making(
+    with run_stage(
         folder / "norm_stats.json",
         stage="norm_stats",
         module="demo2eval.data.norm_stats",
         settings={},
         inputs=inputs,
-    ) as work:
+    ) as job:
         stats = {
             name: NormStats(
                 np.zeros(width), np.ones(width), np.full(width, -0.1), np.full(width, 0.1)
@@ -181,7 +181,7 @@ def run(tmp_path_factory) -> Path:
         }
         (folder / "norm_stats").mkdir()
         save_norm_stats(folder / "norm_stats/norm_stats.json", stats)
-        work.finish([folder / "norm_stats"])
+        job.finish([folder / "norm_stats"])
     (folder / "norm_stats.json").rename(folder / "norm_stats/manifest.json")
     settings = InitSettings(
         task="PushCube-v1",
@@ -262,9 +262,9 @@ def test_kill_and_go_on_gives_the_undisturbed_table(run, simulator, tmp_path):
     assert [int(line.split(",")[0]) for line in table.read_text().splitlines()[1:]] == [0, 1, 2, 3]
     assert {line.split(",")[4] for line in table.read_text().splitlines()[1:]} == {"12"}
     manifest = read_manifest(run / "killed/0.json")
-    assert manifest["files"]["0/episodes.csv"]["sha256"] == sha256_file(tmp_path / "episodes.csv")
-    assert manifest["facts"]["checkpoint"] == read_manifest(run / "checkpoints/0.json")["digest"]
-    assert manifest["facts"]["dataset"] == read_manifest(run / "dataset.json")["digest"]
+    assert manifest["outputs"]["0/episodes.csv"]["sha256"] == sha256_file(tmp_path / "episodes.csv")
+    assert manifest["metadata"]["checkpoint"] == read_manifest(run / "checkpoints/0.json")["digest"]
+    assert manifest["metadata"]["dataset"] == read_manifest(run / "dataset.json")["digest"]
     assert not list((run / "killed").glob(".0.partial-*"))
 
 
@@ -285,10 +285,10 @@ def test_bad_settings_are_sentences(run, changes, sentence):
 
 def test_another_dataset_does_not_prove_that_seeds_are_new(run):
     (run / "other.txt").write_text("stands for another dataset")
-    with making(
+    with run_stage(
         run / "other.json", stage="dataset", module="demo2eval.data.dataset", settings={}
-    ) as work:
-        work.finish([run / "other.txt"], seeds=[])
+    ) as job:
+        job.finish([run / "other.txt"], seeds=[])
     with pytest.raises(UserError, match="was not trained on"):
         rollout(
             Settings(**STAGE), run / "checkpoints/0.json", run / "other.json", run / "bad/0.json"

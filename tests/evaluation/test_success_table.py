@@ -7,7 +7,7 @@ import pytest
 
 from demo2eval.errors import UserError
 from demo2eval.evaluation.success_table import success_table, wilson_interval
-from demo2eval.provenance import making
+from demo2eval.provenance import run_stage
 
 SETTINGS = {"task": "PushCube-v1", "episodes": 4, "max_episode_steps": 50}
 
@@ -15,9 +15,9 @@ SETTINGS = {"task": "PushCube-v1", "episodes": 4, "max_episode_steps": 50}
 def rollouts(folder: Path, step: int, episodes: list[tuple[int, int, str]], **changes) -> Path:
     """Write rollouts of a checkpoint: (success_once, success_at_end, first_success_step) of each episode."""
     output = folder / "rollouts" / f"{step}.json"
-    with making(
+    with run_stage(
         output, stage="rollout", module="demo2eval.evaluation.rollout", settings=SETTINGS | changes
-    ) as work:
+    ) as job:
         table = output.with_suffix("") / "episodes.csv"
         table.parent.mkdir()
         stages = [
@@ -32,7 +32,7 @@ def rollouts(folder: Path, step: int, episodes: list[tuple[int, int, str]], **ch
             "seed,success_once,success_at_end,first_success_step,steps,looks,stage,nearest_mm\n"
             + "".join(rows)
         )
-        work.finish(
+        job.finish(
             [table], step=step, checkpoint=f"checkpoint-{step}", dataset="dataset-of-the-run"
         )
     return output

@@ -111,7 +111,7 @@ def test_another_seed_trains_another_policy(run, segments):
 
 def test_a_checkpoint_says_what_made_it(segments):
     manifest = read_manifest(segments / "6.json")
-    assert manifest["facts"]["step"] == 6
+    assert manifest["metadata"]["step"] == 6
     assert (
         manifest["inputs"]["previous"][0]["digest"] == read_manifest(segments / "3.json")["digest"]
     )
@@ -206,7 +206,7 @@ def test_action_errors_of_trained_and_held_out_looks(run):
         )
         with open(output.with_suffix(".csv"), newline="") as file:
             tables[step] = list(csv.DictReader(file))
-        assert read_manifest(output)["facts"]["step"] == step
+        assert read_manifest(output)["metadata"]["step"] == step
     assert [(row["set"], row["dimension"]) for row in tables[1]] == [
         (name, str(dimension)) for name in ("training", "num_val_demos") for dimension in range(8)
     ]

@@ -15,7 +15,9 @@ from pathlib import Path
 
 PACKAGE = "demo2eval"
 ROOT = Path(__file__).resolve().parent.parent
-BOOKKEEPING = {f"{PACKAGE}.{name}" for name in ("cli", "errors", "fingerprint", "manifest")}
+BOOKKEEPING = {
+    f"{PACKAGE}.{name}" for name in ("cli", "config", "errors", "fingerprint", "provenance")
+}
 
 
 def module_file(module: str) -> Path | None:

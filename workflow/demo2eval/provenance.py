@@ -1,19 +1,19 @@
-"""Manifests: a small JSON file beside each payload, written last, that says what made it.
+"""Manifests: a small JSON file beside the outputs of each job, written last, that says what made them.
 
-A stage works like this:
-
-    with making(output, stage="dataset", module=__name__, settings=settings, inputs={"replay": replays}) as work:
-        if work.finished:
+    settings = {"dataset": dataset}
+    with run_stage(output, stage="dataset", module=__spec__.name, settings=settings,
+                   inputs={"replays": replays}) as job:
+        if job.reused:
             return
-        ...write the payload under work.folder, unfinished files under work.partial...
-        work.finish(files=[...], episodes=50)
+        ...write below job.partial, then rename into job.folder...
+        job.finish([job.folder / "lerobot"], episodes=50)
 
-`making` holds a lock, so a duplicate of a running job waits and then adopts the finished work; work of the same fingerprint that
-was finished, but whose manifest was lost (a kill at the last instant, a Snakemake restart), is adopted as well. The manifest of other
-work is gone before the body begins, so whatever payload a kill leaves never lies beside a manifest of something else.
+`run_stage` holds a lock. A duplicate of a job that still runs waits, and then reuses what that job
+made. So does a job whose manifest was lost: Snakemake deletes the outputs of a job before it starts it
+again. The manifest of other work is gone before the body begins, so what a kill leaves never lies
+beside a manifest that describes something else.
 """
 
-import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -28,7 +28,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from demo2eval.config import Section
 from demo2eval.errors import UserError
 from demo2eval.fingerprint import code_fingerprint
 
@@ -46,20 +48,16 @@ PACKAGES = (
     "orbax-checkpoint",
     "pandas",
 )
-SCARCE_BYTES = 1 << 20
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def to_json(value) -> str:
-    """Return canonical JSON: sorted keys, dataclasses as objects, paths as text."""
+def to_json(value: Any) -> str:
+    """Return canonical JSON: sorted keys; of a section what changes results; paths as text."""
 
-    def default(item):
-        if dataclasses.is_dataclass(item):
-            return dataclasses.asdict(item)
-        if isinstance(item, Path):
-            return str(item)
-        if hasattr(item, "item"):
-            return item.item()
-        raise TypeError(f"cannot write {type(item).__name__} into a manifest")
+    def default(item: Any) -> Any:
+        if isinstance(item, Section):
+            return item.result_settings()
+        return str(item) if isinstance(item, Path) else item.item()
 
     return json.dumps(value, sort_keys=True, indent=1, default=default)
 
@@ -76,7 +74,7 @@ def sha256_file(path: Path) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it exists either wholly or not at all, also after a power cut."""
+    """Write a text file so that it exists wholly or not at all, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -85,7 +83,7 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def read_manifest(path: Path) -> dict:
+def read_manifest(path: Path) -> dict[str, Any]:
     """Return a manifest as a dictionary.
 
     Raises:
@@ -107,7 +105,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def input_digest(path: Path) -> str:
-    """Return the content digest of an input: a manifest's own digest, or the SHA-256 of any other file."""
+    """Return the digest of an input: a manifest's own, or the SHA-256 of any other file."""
     path = Path(path)
     if path.suffix == ".json":
         try:
@@ -120,7 +118,7 @@ def input_digest(path: Path) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that can change a result, as far as they are installed."""
+    """Return the versions of Python and of the installed packages that can change a result."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -130,124 +128,109 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def list_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the files among `paths` and, sorted, all files below the directories among them."""
+def _list_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the files among `paths`, and sorted all files below the folders among them."""
     files = []
     for path in paths:
-        if path.is_dir():
-            files.extend(sorted(item for item in path.rglob("*") if item.is_file()))
-        else:
-            files.append(path)
+        below = (
+            sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+        )
+        files.extend(below)
     return files
 
 
-class Work:
-    """One stage's work on one output: where to write, whether it is done already, and how to finish it."""
+class StageJob:
+    """A stage's work on one output: where to write, whether it was reused, and how to finish it.
+
+    Attributes:
+        output: the manifest to write.
+        folder: the folder of the manifest, for the outputs.
+        reused: whether equal work was finished before, so that nothing is left to do.
+        fingerprint: hash of stage, settings, code and inputs; equal work has an equal one.
+    """
 
     def __init__(
-        self, output: Path, stage: str, settings, inputs: Mapping[str, list[Path]], code: str
+        self,
+        output: Path,
+        stage: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, list[Path]],
+        code: str,
     ):
-        self.output = output
-        self.folder = output.parent
-        self.stage = stage
-        self.settings = (
-            dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else dict(settings)
-        )
-        self.code = code
+        self.output, self.folder, self.stage, self.code = output, output.parent, stage, code
+        self.settings: dict[str, Any] = json.loads(to_json(dict(settings)))
         self.inputs = {
             name: [{"path": str(path), "digest": input_digest(path)} for path in paths]
             for name, paths in inputs.items()
         }
         digests = {name: [item["digest"] for item in items] for name, items in self.inputs.items()}
         self.fingerprint = sha256_text(to_json([stage, self.settings, code, digests]))
-        self.done_file = self.folder / f".{output.stem}.done"
-        self.started = time.monotonic()
-        self.finished = False
+        self.reused = False
+        # Snakemake deletes declared outputs of a job that it starts again; these it does not know.
+        self._record = self.folder / f".{output.stem}.done.json"
+        self._kept = self.folder / f".{output.stem}.done"
+        self._started = time.monotonic()
 
     @property
     def partial(self) -> Path:
-        """A folder for unfinished files; it outlives a killed process and is found again by the same work."""
+        """A folder for unfinished files, which the same work finds again after a kill."""
         path = self.folder / f".{self.output.stem}.partial-{self.fingerprint[:12]}"
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def remove_stale_partials(self) -> None:
-        """Remove what a killed process left: work with another fingerprint, and manifests that were being written."""
-        for path in self.folder.glob(f".{self.output.name}.*.tmp"):
-            path.unlink(missing_ok=True)
-        for path in self.folder.glob(f".{self.done_file.name}.*.tmp"):
-            path.unlink(missing_ok=True)
+    def remove_stale(self) -> None:
+        """Remove what a killed job left: partial folders of other work, and temporary files."""
         for path in self.folder.glob(f".{self.output.stem}.partial-*"):
             if not path.name.endswith(self.fingerprint[:12]):
                 shutil.rmtree(path, ignore_errors=True)
+        for name in (self.output.name, self._record.name):
+            for path in self.folder.glob(f".{name}.*.tmp"):
+                path.unlink(missing_ok=True)
 
-    def adopt(self) -> bool:
-        """Publish finished work of the same fingerprint again, if all its files are there with their sizes."""
+    def reuse(self) -> bool:
+        """Publish finished work of the same fingerprint again, if all its outputs are there."""
         try:
-            done = json.loads(self.done_file.read_text(encoding="utf-8"))
+            done = json.loads(self._record.read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             return False
         if done["fingerprint"] != self.fingerprint:
             return False
-        for name, facts in done["files"].items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size != facts["bytes"]:
+        for name, entry in done["outputs"].items():
+            path, kept = self.folder / name, self._kept / name
+            if not path.exists() and kept.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _link(kept, path)
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
                 return False
         write_atomic(self.output, to_json(done))
-        self.finished = True
+        self.reused = True
         return True
 
-    @contextmanager
-    def withdrawing_other_work(self) -> Iterator[None]:
-        """Take away the manifest of other work while the body replaces its payload.
+    def withdraw(self) -> None:
+        """Remove the manifest of other work before its outputs are replaced."""
+        self.output.unlink(missing_ok=True)
+        self._record.unlink(missing_ok=True)
+        shutil.rmtree(self._kept, ignore_errors=True)
 
-        It comes back as it was if the body raises before it has touched that payload.
-        """
-        withdrawn = {
-            path: (path.read_bytes(), path.stat())
-            for path in (self.output, self.done_file)
-            if path.is_file()
-        }
-        before = self._state_of([content for content, _ in withdrawn.values()])
-        for path in withdrawn:
-            path.unlink()
-        try:
-            yield
-        except BaseException:
-            if (
-                before
-                and not self.finished
-                and before == self._state_of([content for content, _ in withdrawn.values()])
-            ):
-                for path, (content, status) in withdrawn.items():
-                    write_atomic(path, content.decode())
-                    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-            raise
-
-    def _state_of(self, manifests: Iterable[bytes]) -> dict[str, tuple | None]:
-        """Return {name: what changes when the file is touched, None where there is none} of all files that manifests list."""
-        states = {}
-        for manifest in manifests:
-            try:
-                names = json.loads(manifest)["files"]
-            except (ValueError, KeyError, TypeError):
-                continue
-            for name in names:
-                path = self.folder / name
-                status = path.stat() if path.exists() else None
-                states[name] = status and (status.st_ino, status.st_size, status.st_mtime_ns)
-        return states
-
-    def finish(self, files: Iterable[Path], digest: str | None = None, **facts) -> None:
+    def finish(
+        self,
+        outputs: Iterable[Path],
+        *,
+        declared: Iterable[Path] = (),
+        digest: str | None = None,
+        **facts: Any,
+    ) -> None:
         """Write the manifest.
 
         Args:
-            files: payload files or directories below `folder`; each file's size and SHA-256 is recorded.
-            digest: what identifies the content, for payloads whose bytes differ between equal contents; by default the hash of
-                all file hashes.
-            facts: what else a reader wants to know, such as counts and seeds.
+            outputs: files or folders below `folder`; each file's size and SHA-256 is recorded.
+            declared: those of them that the rule declares as outputs of Snakemake's.
+            digest: identifies the content where equal contents differ in their bytes; then no file
+                is hashed. By default the hash of all file hashes.
+            facts: what else a reader wants to know, such as counts and seeds; the manifest's
+                `metadata`.
         """
-        paths = list_files(files)
+        paths = _list_files(outputs)
         with ThreadPoolExecutor(8) as pool:
             hashes = list(pool.map(sha256_file, paths)) if digest is None else [None] * len(paths)
         listing = {
@@ -255,61 +238,56 @@ class Work:
             | ({"sha256": value} if value else {})
             for path, value in zip(paths, hashes, strict=True)
         }
+        for path in declared:
+            _link(path, self._kept / path.relative_to(self.folder))
+        if digest is None:
+            digest = sha256_text(to_json({name: item["sha256"] for name, item in listing.items()}))
         content = {
             "stage": self.stage,
-            "digest": digest
-            or sha256_text(to_json({name: entry["sha256"] for name, entry in listing.items()})),
+            "digest": digest,
             "fingerprint": self.fingerprint,
             "settings": self.settings,
             "code": self.code,
             "inputs": self.inputs,
-            "facts": facts,
-            "files": listing,
+            "metadata": facts,
+            "outputs": listing,
             "versions": package_versions(),
-            "wall_time_s": round(time.monotonic() - self.started, 3),
+            "wall_time_s": round(time.monotonic() - self._started, 3),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         text = to_json(content)
-        write_atomic(self.done_file, text)
+        write_atomic(self._record, text)
         write_atomic(self.output, text)
-        shutil.rmtree(
-            self.folder / f".{self.output.stem}.partial-{self.fingerprint[:12]}", ignore_errors=True
-        )
-        self.finished = True
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
-@contextmanager
-def telling_of_a_full_disk(folder: Path) -> Iterator[None]:
-    """Turn the error of a full disk, of a quota or of a limit on the size of files into a UserError."""
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or a copy where the file system has no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
     try:
-        yield
-    except OSError as error:
-        # Not every library passes on the system's number.
-        unnumbered = error.errno is None and shutil.disk_usage(folder).free < SCARCE_BYTES
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not unnumbered:
-            raise
-        raise UserError(
-            f"{folder} cannot be written, the disk is full ({error}); make room and run the same command again, "
-            f"which keeps what is finished."
-        ) from error
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 @contextmanager
-def making(
+def run_stage(
     output: Path,
     *,
     stage: str,
     module: str,
-    settings,
+    settings: Mapping[str, Any],
     inputs: Mapping[str, Path | Iterable[Path]] | None = None,
-) -> Iterator[Work]:
-    """Lock an output and yield the `Work` on it; `work.finished` is already True if equal work was found and adopted.
+) -> Iterator[StageJob]:
+    """Lock an output and yield the `StageJob` on it; see the module's docstring.
 
     Args:
-        output: the manifest to write, `results/.../<name>.json`; the payload lies beside it.
-        stage: the stage's name, as in the rule.
-        module: dotted name of the stage's module; pass `__spec__.name`, since `__name__` is "__main__" on the command line.
-        settings: the dataclass or mapping of everything that changes the result besides the inputs.
+        output: the manifest to write, `results/.../<name>.json`; the outputs lie beside it.
+        stage: the stage's name, as the rule's.
+        module: dotted name of the stage's module. Pass `__spec__.name`, since `__name__` is
+            "__main__" on the command line.
+        settings: everything besides the inputs that changes the result.
         inputs: manifests or files that the result depends on, by name; hashed by content.
 
     Raises:
@@ -318,21 +296,27 @@ def making(
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     paths = {
-        name: [Path(item)] if isinstance(item, str | Path) else [Path(one) for one in item]
+        name: [Path(item)] if isinstance(item, str | Path) else [Path(path) for path in item]
         for name, item in (inputs or {}).items()
     }
     for path in (path for group in paths.values() for path in group):
         if not path.is_file():
-            raise UserError(f"{path} does not exist; give the {stage} stage an existing file.")
+            raise UserError(f"{path} does not exist; give the stage {stage} an existing file.")
     with open(output.parent / f".{output.stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        work = Work(output, stage, settings, paths, code_fingerprint(module))
-        work.remove_stale_partials()
-        if work.adopt():
-            print(
-                f"{output}: finished work with the same settings, code and inputs is there; adopted."
-            )
-            yield work
+        job = StageJob(output, stage, settings, paths, code_fingerprint(module))
+        job.remove_stale()
+        if job.reuse():
+            print(f"{output}: the same settings, code and inputs were finished before; reused.")
+            yield job
             return
-        with work.withdrawing_other_work(), telling_of_a_full_disk(work.folder):
-            yield work
+        job.withdraw()
+        try:
+            yield job
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise UserError(
+                f"{job.folder} cannot be written, the disk is full ({error}); make room and run the "
+                "same command again, which keeps what is finished."
+            ) from error

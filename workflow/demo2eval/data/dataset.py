@@ -38,7 +38,7 @@ from demo2eval.data.replayed import picture_findings, replayed_faults
 from demo2eval.data.trajectory import Finding, Recording, examine, refuse, sift
 from demo2eval.errors import UserError
 from demo2eval.maniskill.observation import JOINTS, state_names
-from demo2eval.provenance import Work, making, write_atomic
+from demo2eval.provenance import StageJob, run_stage, write_atomic
 
 ARM = JOINTS[:7]
 ACTION_NAMES = {
@@ -307,8 +307,8 @@ def link(source: Path, target: Path) -> None:
         shutil.copy(source, target)
 
 
-def assemble(work: Work, settings: Settings, source: Source, features: dict) -> dict[str, int]:
-    """Make the whole dataset at `work.partial`/lerobot from finished shards, with the official metadata writer.
+def assemble(job: StageJob, settings: Settings, source: Source, features: dict) -> dict[str, int]:
+    """Make the whole dataset at `job.partial`/lerobot from finished shards, with the official metadata writer.
 
     Returns:
         counts of episodes, frames and pictures (a camera's; a repeated one counts once).
@@ -317,7 +317,7 @@ def assemble(work: Work, settings: Settings, source: Source, features: dict) -> 
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
     from lerobot.datasets.io_utils import write_info, write_stats
 
-    root = work.partial / "lerobot"
+    root = job.partial / "lerobot"
     shutil.rmtree(root, ignore_errors=True)
     videos = settings.cameras if settings.image_storage == "video" else []
     meta = LeRobotDatasetMetadata.create(
@@ -330,7 +330,7 @@ def assemble(work: Work, settings: Settings, source: Source, features: dict) -> 
     )
     meta.save_episode_tasks([settings.prompt])
     for shard in source.shards:
-        folder, place = work.partial / shard.folder_name, place_of(shard.index)
+        folder, place = job.partial / shard.folder_name, place_of(shard.index)
         link(folder / "data.parquet", root / meta.data_path.format(**place))
         for camera in videos:
             link(
@@ -349,7 +349,7 @@ def assemble(work: Work, settings: Settings, source: Source, features: dict) -> 
     all_columns, all_histograms = [], []
     for shard in source.shards:
         episodes, columns, histograms = shard_stats(
-            work.partial / shard.folder_name, shard, settings.cameras
+            job.partial / shard.folder_name, shard, settings.cameras
         )
         save_episodes(meta, shard, episodes, settings, videos)
         all_columns.append(columns)
@@ -402,43 +402,43 @@ def dataset(settings: Settings, replays: list[Path], output: Path, *, workers: i
         raise UserError(
             f"dataset.image_storage is {settings.image_storage!r}; it may be 'video' or 'png'."
         )
-    with making(
+    with run_stage(
         output,
         stage="dataset",
         module=__spec__.name,
         settings=settings,
         inputs={"replays": replays},
-    ) as work:
-        if not work.finished:
-            _make(settings, [Path(replay) for replay in replays], work, workers)
+    ) as job:
+        if not job.reused:
+            _make(settings, [Path(replay) for replay in replays], job, workers)
 
 
-def _make(settings: Settings, replays: list[Path], work: Work, workers: int) -> None:
+def _make(settings: Settings, replays: list[Path], job: StageJob, workers: int) -> None:
     from tqdm import tqdm
 
     recordings = inspect(replays, settings)
     skipped = sift(recordings, settings.on_invalid)
     source = survey(recordings, settings)
     features = make_features(settings, source)
-    remove_unfit_shards(work.partial, json.dumps(skipped))
+    remove_unfit_shards(job.partial, json.dumps(skipped))
     wanted = make_format(settings, features)
     findings = []
     with tqdm(total=sum(source.lengths), unit="frame", desc="dataset", mininterval=2) as bar:
-        for shard, found in write_shards(source.shards, wanted, work.partial, workers):
+        for shard, found in write_shards(source.shards, wanted, job.partial, workers):
             findings += found
             bar.update(sum(shard.lengths))
     refuse(sorted(findings, key=str))
-    psnr = worst_psnr(source.shards, work.partial) if settings.image_storage == "video" else None
+    psnr = worst_psnr(source.shards, job.partial) if settings.image_storage == "video" else None
     counts = assemble(work, settings, source, features)
     if settings.count is not None and counts["episodes"] < settings.count:
         print(
             f"only {counts['episodes']} of {settings.count} demonstrations are there",
             file=sys.stderr,
         )
-    final = work.folder / "lerobot"
+    final = job.folder / "lerobot"
     shutil.rmtree(final, ignore_errors=True)
-    (work.partial / "lerobot").rename(final)
-    work.finish(
+    (job.partial / "lerobot").rename(final)
+    job.finish(
         [final],
         **counts,
         seeds=source.seeds,

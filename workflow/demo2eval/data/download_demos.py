@@ -13,7 +13,7 @@ from demo2eval.cli import run, settings_from, stage_parser
 from demo2eval.data.import_demos import Settings, copy_demonstrations
 from demo2eval.errors import UserError
 from demo2eval.maniskill.tasks import find_task
-from demo2eval.provenance import making
+from demo2eval.provenance import run_stage
 
 
 def archive_address(task: str) -> str:
@@ -84,17 +84,17 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 def download_demos(settings: Settings, output: Path) -> None:
     """Download, check and take demonstrations, and write the manifest `output`."""
-    with making(output, stage="download_demos", module=__spec__.name, settings=settings) as work:
-        if work.finished:
+    with run_stage(output, stage="download_demos", module=__spec__.name, settings=settings) as job:
+        if job.reused:
             return
         address = archive_address(settings.task)
-        download(address, work.partial / "archive.zip")
-        source = unpack(work.partial / "archive.zip", work.partial / "unpacked")
-        facts = copy_demonstrations(source, settings, work.partial)
+        download(address, job.partial / "archive.zip")
+        source = unpack(job.partial / "archive.zip", job.partial / "unpacked")
+        facts = copy_demonstrations(source, settings, job.partial)
         for name in ("trajectory.h5", "trajectory.json"):
-            (work.partial / name).replace(work.folder / name)
-        work.finish(
-            [work.folder / "trajectory.h5", work.folder / "trajectory.json"],
+            (job.partial / name).replace(job.folder / name)
+        job.finish(
+            [job.folder / "trajectory.h5", job.folder / "trajectory.json"],
             source=address,
             **facts,
         )

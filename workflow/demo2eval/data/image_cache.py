@@ -30,7 +30,7 @@ from demo2eval.data.lerobot_reader import (
     video_rows,
 )
 from demo2eval.errors import UserError
-from demo2eval.provenance import Work, making
+from demo2eval.provenance import StageJob, run_stage
 
 VECTORS = {"state": "observation.state", "action": "action"}
 
@@ -175,18 +175,18 @@ def training_cache(settings: Settings, dataset: Path, output: Path, *, workers: 
     Raises:
         UserError: if the dataset is damaged or holds NaN or infinity.
     """
-    with making(
+    with run_stage(
         output,
         stage="training_cache",
         module=__spec__.name,
         settings=settings,
         inputs={"dataset": dataset},
-    ) as work:
-        if not work.finished:
-            _make(settings, Path(dataset), work, workers)
+    ) as job:
+        if not job.reused:
+            _make(settings, Path(dataset), job, workers)
 
 
-def _make(settings: Settings, dataset: Path, work: Work, workers: int) -> None:
+def _make(settings: Settings, dataset: Path, job: StageJob, workers: int) -> None:
     from tqdm import tqdm
 
     root = dataset_root(dataset)
@@ -198,20 +198,20 @@ def _make(settings: Settings, dataset: Path, work: Work, workers: int) -> None:
     is_look = columns[PICTURE_AGE] == 0
     looks = int(is_look.sum())
     for name, column in VECTORS.items():
-        np.save(work.partial / f"{name}.npy", columns[column])
-    np.save(work.partial / "episode.npy", columns["episode_index"])
-    np.save(work.partial / "look_row.npy", np.flatnonzero(is_look))
+        np.save(job.partial / f"{name}.npy", columns[column])
+    np.save(job.partial / "episode.npy", columns["episode_index"])
+    np.save(job.partial / "look_row.npy", np.flatnonzero(is_look))
 
     started = time.monotonic()
     tasks = []
     for key in image_keys(info):
         shape = cached_shape(info, key, settings.image_size)
-        array = open_array(work.partial, key.removeprefix(IMAGE_PREFIX), (looks, *shape, 3))
+        array = open_array(job.partial, key.removeprefix(IMAGE_PREFIX), (looks, *shape, 3))
         resized_to = (
             settings.image_size if shape != tuple(info["features"][key]["shape"][:2]) else None
         )
         tasks += [
-            (part, array, work.partial, resized_to) for part in parts_of(root, info, key, is_look)
+            (part, array, job.partial, resized_to) for part in parts_of(root, info, key, is_look)
         ]
     bar = tqdm(total=looks * len(image_keys(info)), unit="picture", mininterval=2, desc="decoding")
     with ThreadPoolExecutor(max(1, workers)) as pool, bar:
@@ -225,9 +225,9 @@ def _make(settings: Settings, dataset: Path, work: Work, workers: int) -> None:
         file=sys.stderr,
     )
 
-    arrays = sorted(work.partial.glob("*.npy"))
-    files = [path.rename(work.folder / path.name) for path in arrays]
-    work.finish(files, looks=looks, rows=len(is_look), episodes=info["total_episodes"])
+    arrays = sorted(job.partial.glob("*.npy"))
+    files = [path.rename(job.folder / path.name) for path in arrays]
+    job.finish(files, looks=looks, rows=len(is_look), episodes=info["total_episodes"])
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.data.trajectory import sound_demonstrations
-from demo2eval.provenance import making, write_atomic
+from demo2eval.provenance import run_stage, write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +57,16 @@ def copy_demonstrations(source: Path, settings: Settings, folder: Path) -> dict:
 def import_demos(settings: Settings, source: Path, output: Path) -> None:
     """Import demonstrations from the file `source` and write the manifest `output`."""
     inputs = {"trajectories": source, "description": source.with_suffix(".json")}
-    with making(
+    with run_stage(
         output, stage="import_demos", module=__spec__.name, settings=settings, inputs=inputs
-    ) as work:
-        if work.finished:
+    ) as job:
+        if job.reused:
             return
-        facts = copy_demonstrations(source, settings, work.partial)
+        facts = copy_demonstrations(source, settings, job.partial)
         for name in ("trajectory.h5", "trajectory.json"):
-            (work.partial / name).replace(work.folder / name)
-        work.finish(
-            [work.folder / "trajectory.h5", work.folder / "trajectory.json"],
+            (job.partial / name).replace(job.folder / name)
+        job.finish(
+            [job.folder / "trajectory.h5", job.folder / "trajectory.json"],
             source=str(source),
             **facts,
         )

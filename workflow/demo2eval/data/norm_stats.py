@@ -28,7 +28,7 @@ from demo2eval.data.lerobot_reader import (
 )
 from demo2eval.errors import UserError
 from demo2eval.pi0.normalize import NormStats, exact_stats, save_norm_stats
-from demo2eval.provenance import Work, making
+from demo2eval.provenance import StageJob, run_stage
 
 STATE, ACTION, EPISODE = "observation.state", "action", "episode_index"
 RANGE_COLUMNS = ("column", "dimension", "min", "q01", "mean", "std", "q99", "max")
@@ -165,18 +165,18 @@ def norm_stats(settings: Settings, dataset: Path, output: Path) -> None:
     Raises:
         UserError: if the dataset is damaged or holds NaN or infinity, or the mask does not fit its actions.
     """
-    with making(
+    with run_stage(
         output,
         stage="norm_stats",
         module=__spec__.name,
         settings=settings,
         inputs={"dataset": dataset},
-    ) as work:
-        if not work.finished:
-            _make(settings, Path(dataset), work)
+    ) as job:
+        if not job.reused:
+            _make(settings, Path(dataset), job)
 
 
-def _make(settings: Settings, dataset: Path, work: Work) -> None:
+def _make(settings: Settings, dataset: Path, job: StageJob) -> None:
     root = dataset_root(dataset)
     info = read_info(root)
     columns = read_columns(root, [STATE, ACTION, EPISODE])
@@ -193,11 +193,11 @@ def _make(settings: Settings, dataset: Path, work: Work) -> None:
     )
     for sentence in sentences:
         print(f"hardly varies: {sentence}", file=sys.stderr)
-    files = [work.folder / name for name in ("norm_stats.json", "ranges.csv")]
-    save_norm_stats(work.partial / files[0].name, stats)
-    write_ranges(work.partial / files[1].name, ranges, names[STATE] + names[ACTION])
+    files = [job.folder / name for name in ("norm_stats.json", "ranges.csv")]
+    save_norm_stats(job.partial / files[0].name, stats)
+    write_ranges(job.partial / files[1].name, ranges, names[STATE] + names[ACTION])
     for file in files:
-        (work.partial / file.name).rename(file)
+        (job.partial / file.name).rename(file)
     counted = (
         "each step of the chunks by itself"
         if settings.per_timestep_action_stats
@@ -209,7 +209,7 @@ def _make(settings: Settings, dataset: Path, work: Work) -> None:
         "actions_counted": counted,
         "notes": sentences,
     }
-    work.finish(files, **facts)
+    job.finish(files, **facts)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.errors import UserError
 from demo2eval.maniskill.env import limit_threads, make_environment
 from demo2eval.maniskill.tasks import find_task
-from demo2eval.provenance import making
+from demo2eval.provenance import run_stage
 
 CONTROL_MODE = "pd_joint_pos"
 ATTEMPTS_A_DEMONSTRATION = 20
@@ -129,15 +129,15 @@ def plan_trajectories(settings: Settings, folder: Path) -> dict:
 def plan(settings: Settings, output: Path) -> None:
     """Plan one shard and write its manifest."""
     find_task(settings.task)
-    with making(output, stage="plan", module=__spec__.name, settings=settings) as work:
-        if work.finished:
+    with run_stage(output, stage="plan", module=__spec__.name, settings=settings) as job:
+        if job.reused:
             return
-        shutil.rmtree(work.partial)
-        facts = plan_trajectories(settings, work.partial)
+        shutil.rmtree(job.partial)
+        facts = plan_trajectories(settings, job.partial)
         for name in ("trajectory.h5", "trajectory.json"):
-            (work.partial / name).replace(work.folder / name)
-        work.finish(
-            [work.folder / "trajectory.h5", work.folder / "trajectory.json"],
+            (job.partial / name).replace(job.folder / name)
+        job.finish(
+            [job.folder / "trajectory.h5", job.folder / "trajectory.json"],
             demonstrations=settings.count,
             **facts,
         )

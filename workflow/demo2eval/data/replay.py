@@ -31,7 +31,7 @@ from demo2eval.data.trajectory import Demonstration, sound_demonstrations
 from demo2eval.errors import UserError
 from demo2eval.maniskill.env import limit_threads, look, make_environment, state_parts
 from demo2eval.maniskill.tasks import STATE_DIMS, check_cameras, find_task
-from demo2eval.provenance import making, write_atomic
+from demo2eval.provenance import run_stage, write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,15 +364,15 @@ def episode_entry(index: int, demonstration: Demonstration) -> dict:
 def replay(settings: Settings, demos: Path, output: Path) -> None:
     """Replay the shard of manifest `demos` and write the manifest `output`."""
     find_task(settings.task)
-    with making(
+    with run_stage(
         output, stage="replay", module=__spec__.name, settings=settings, inputs={"demos": demos}
-    ) as work:
-        if work.finished:
+    ) as job:
+        if job.reused:
             return
-        facts = replay_shard(settings, demos.parent, work.partial)
+        facts = replay_shard(settings, demos.parent, job.partial)
         for name in ("trajectory.h5", "trajectory.json"):
-            (work.partial / name).replace(work.folder / name)
-        work.finish([work.folder / "trajectory.h5", work.folder / "trajectory.json"], **facts)
+            (job.partial / name).replace(job.folder / name)
+        job.finish([job.folder / "trajectory.h5", job.folder / "trajectory.json"], **facts)
 
 
 def main() -> None:

@@ -32,11 +32,11 @@ def trajectory_files(path: Path) -> tuple[list[Path], list[Finding]]:
         return [file for files, _ in found for file in files], [
             finding for _, findings in found for finding in findings
         ]
-    if "trajectory.h5" not in manifest["files"]:
+    if "trajectory.h5" not in manifest["outputs"]:
         raise UserError(
             f"{path} is the manifest of {manifest['stage']}, which holds no trajectories; give demonstrations or replays."
         )
-    written = {path.parent / name: facts["sha256"] for name, facts in manifest["files"].items()}
+    written = {path.parent / name: facts["sha256"] for name, facts in manifest["outputs"].items()}
     changed = [
         file for file, digest in written.items() if file.is_file() and sha256_file(file) != digest
     ]

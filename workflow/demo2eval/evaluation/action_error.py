@@ -18,7 +18,7 @@ import numpy as np
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.data.chunks import chunk_rows, last_rows
 from demo2eval.errors import UserError
-from demo2eval.provenance import Work, making, read_manifest, write_atomic
+from demo2eval.provenance import StageJob, run_stage, read_manifest, write_atomic
 
 COLUMNS = ("set", "dimension", "looks", "mean_abs_error", "q95_abs_error")
 BATCH_SIZE = 32
@@ -80,18 +80,18 @@ def action_error(settings: Settings, checkpoint: Path, cache: Path, output: Path
         UserError: if the cache is not of the dataset that the checkpoint was trained on.
     """
     inputs = {"checkpoint": checkpoint, "cache": cache}
-    with making(
+    with run_stage(
         output, stage="action_error", module=__spec__.name, settings=settings, inputs=inputs
-    ) as work:
-        if not work.finished:
-            _make(settings, checkpoint, cache, work)
+    ) as job:
+        if not job.reused:
+            _make(settings, checkpoint, cache, job)
 
 
-def _make(settings: Settings, checkpoint: Path, cache: Path, work: Work) -> None:
+def _make(settings: Settings, checkpoint: Path, cache: Path, job: StageJob) -> None:
     from demo2eval.evaluation.policy import Policy
 
     manifest = read_manifest(checkpoint)
-    if read_manifest(cache)["inputs"]["dataset"][0]["digest"] != manifest["facts"]["dataset"]:
+    if read_manifest(cache)["inputs"]["dataset"][0]["digest"] != manifest["metadata"]["dataset"]:
         raise UserError(
             f"{checkpoint} was not trained on the dataset of {cache}; give the cache of its own dataset."
         )
@@ -117,9 +117,9 @@ def _make(settings: Settings, checkpoint: Path, cache: Path, work: Work) -> None
             f"{name}: mean error of {len(looks)} looks "
             + ", ".join(f"{value:.4f}" for value in means[name])
         )
-    target = work.output.with_suffix(".csv")
+    target = job.output.with_suffix(".csv")
     write_atomic(target, text.getvalue())
-    work.finish([target], step=manifest["facts"]["step"], mean_abs_error=means)
+    job.finish([target], step=manifest["metadata"]["step"], mean_abs_error=means)
 
 
 def main() -> None:

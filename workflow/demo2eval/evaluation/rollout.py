@@ -21,7 +21,7 @@ from demo2eval.checkpoints.policy_metadata import PolicyDescription, read_descri
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.errors import UserError
 from demo2eval.evaluation.workers import EpisodeResult, EpisodeSettings, play
-from demo2eval.provenance import Work, making, read_manifest, write_atomic
+from demo2eval.provenance import StageJob, run_stage, read_manifest, write_atomic
 
 COLUMNS = (
     "seed",
@@ -122,11 +122,11 @@ def check_seeds(settings: Settings, checkpoint: Path, dataset: Path) -> None:
         checkpoint, dataset: manifests; the dataset must be the checkpoint's.
     """
     content = read_manifest(dataset)
-    if read_manifest(checkpoint)["facts"]["dataset"] != content["digest"]:
+    if read_manifest(checkpoint)["metadata"]["dataset"] != content["digest"]:
         raise UserError(
             f"{checkpoint} was not trained on {dataset}; give the manifest of its own dataset."
         )
-    shared = sorted(set(settings.seeds) & set(content["facts"]["seeds"]))
+    shared = sorted(set(settings.seeds) & set(content["metadata"]["seeds"]))
     if shared:
         raise UserError(
             f"{len(shared)} evaluation seeds, {shared[0]} among them, were used by demonstrations of {dataset}; "
@@ -164,34 +164,34 @@ def rollout(
     if workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1.")
     inputs = {"checkpoint": checkpoint} | ({"dataset": dataset} if dataset else {})
-    with making(
+    with run_stage(
         output, stage="rollout", module=__spec__.name, settings=settings, inputs=inputs
-    ) as work:
-        if work.finished:
+    ) as job:
+        if job.reused:
             return
         if dataset:
             check_seeds(settings, checkpoint, dataset)
-        _make(settings, checkpoint, work, workers)
+        _make(settings, checkpoint, job, workers)
 
 
-def _make(settings: Settings, checkpoint: Path, work: Work, workers: int) -> None:
+def _make(settings: Settings, checkpoint: Path, job: StageJob, workers: int) -> None:
     payload = checkpoint.with_suffix("")
     simulators = episode_settings(settings, read_description(payload))
     started = time.monotonic()
     rows, played = _play_all(
-        settings, simulators, Answerer(payload, settings), work.partial / "episodes.csv", workers
+        settings, simulators, Answerer(payload, settings), job.partial / "episodes.csv", workers
     )
     print(f"{played} episodes in {time.monotonic() - started:.0f} s", file=sys.stderr)
-    target = work.output.with_suffix("") / "episodes.csv"
+    target = job.output.with_suffix("") / "episodes.csv"
     target.parent.mkdir(exist_ok=True)
     write_episodes(target, rows)
     manifest = read_manifest(checkpoint)
-    work.finish(
+    job.finish(
         [target],
-        step=manifest["facts"]["step"],
+        step=manifest["metadata"]["step"],
         successes=sum(int(row["success_once"]) for row in rows),
         checkpoint=manifest["digest"],
-        dataset=manifest["facts"]["dataset"],
+        dataset=manifest["metadata"]["dataset"],
     )
 
 

@@ -92,7 +92,7 @@ def table_row(run_name: str, manifest_file: Path) -> dict:
     lengths = [int(row["first_success_step"] or row["steps"]) for row in episodes]
     return {
         "run": run_name,
-        "step": manifest["facts"]["step"],
+        "step": manifest["metadata"]["step"],
         "episodes": len(episodes),
         "successes": once,
         "success_once": round(once / len(episodes), 4),
@@ -103,8 +103,8 @@ def table_row(run_name: str, manifest_file: Path) -> dict:
         "at_end_ci_high": round(end_high, 4),
         "mean_episode_length": round(sum(lengths) / len(lengths), 2),
         "wall_time_s": manifest["wall_time_s"],
-        "checkpoint": manifest["facts"]["checkpoint"][:16],
-        "dataset": manifest["facts"]["dataset"][:16],
+        "checkpoint": manifest["metadata"]["checkpoint"][:16],
+        "dataset": manifest["metadata"]["dataset"][:16],
     }
 
 
@@ -121,7 +121,7 @@ def stage_rows(run_name: str, manifest_file: Path) -> list[dict]:
     return [
         {
             "run": run_name,
-            "step": manifest["facts"]["step"],
+            "step": manifest["metadata"]["step"],
             "stage": stage,
             "came_so_far": int((furthest >= index).sum()),
             "and_no_further": int((furthest == index).sum()),
@@ -160,7 +160,7 @@ def success_table(
         )
     rows = sorted((table_row(run_name, path) for path in rollouts), key=lambda row: row["step"])
     draw_curve(rows, read_manifest(rollouts[0])["settings"], curve)
-    in_order = sorted(rollouts, key=lambda path: read_manifest(path)["facts"]["step"])
+    in_order = sorted(rollouts, key=lambda path: read_manifest(path)["metadata"]["step"])
     write_table(
         stages, STAGE_COLUMNS, [row for path in in_order for row in stage_rows(run_name, path)]
     )

@@ -21,7 +21,7 @@ from demo2eval.evaluation.rollout import Answerer, episode_settings
 from demo2eval.evaluation.rollout import Settings as RolloutSettings
 from demo2eval.evaluation.workers import FILM_SIZE, EpisodeResult, play
 from demo2eval.maniskill.env import CONTROL_FREQUENCY
-from demo2eval.provenance import Work, making, read_manifest
+from demo2eval.provenance import StageJob, run_stage, read_manifest
 
 COLUMNS = 3
 BORDER = 4
@@ -100,7 +100,7 @@ def failed_seeds(rollouts: Path, checkpoint: Path) -> list[int]:
     Raises:
         UserError: if the rollouts are of another checkpoint, or no episode failed.
     """
-    if read_manifest(rollouts)["facts"]["checkpoint"] != read_manifest(checkpoint)["digest"]:
+    if read_manifest(rollouts)["metadata"]["checkpoint"] != read_manifest(checkpoint)["digest"]:
         raise UserError(f"{rollouts} are not rollouts of {checkpoint}; evaluate it again.")
     with open(rollouts.with_suffix("") / "episodes.csv", newline="") as file:
         seeds = [int(row["seed"]) for row in csv.DictReader(file) if row["success_once"] == "0"]
@@ -123,19 +123,19 @@ def video(
         failures_of: manifest of the checkpoint's rollouts; only episodes that failed there are filmed.
     """
     inputs = {"checkpoint": checkpoint} | ({"rollouts": failures_of} if failures_of else {})
-    with making(
+    with run_stage(
         output, stage="video", module=__spec__.name, settings=settings, inputs=inputs
-    ) as work:
-        if not work.finished:
+    ) as job:
+        if not job.reused:
             seeds = (
                 failed_seeds(failures_of, checkpoint)[: settings.episodes]
                 if failures_of
                 else settings.seeds
             )
-            _make(settings, checkpoint, seeds, work, workers)
+            _make(settings, checkpoint, seeds, job, workers)
 
 
-def _make(settings: Settings, checkpoint: Path, seeds: list[int], work: Work, workers: int) -> None:
+def _make(settings: Settings, checkpoint: Path, seeds: list[int], job: StageJob, workers: int) -> None:
     from tqdm import tqdm
 
     payload = checkpoint.with_suffix("")
@@ -143,10 +143,10 @@ def _make(settings: Settings, checkpoint: Path, seeds: list[int], work: Work, wo
     playing = play(simulators, seeds, workers, Answerer(payload, settings))
     results = list(tqdm(playing, total=len(seeds), unit="episode", mininterval=2, desc="filming"))
     results.sort(key=lambda result: result.seed)
-    count = write_video(work.partial / "video.mp4", frames_of(results))
-    target = work.output.with_suffix(".mp4")
-    (work.partial / "video.mp4").replace(target)
-    work.finish([target], frames=count, successes=sum(result.success_once for result in results))
+    count = write_video(job.partial / "video.mp4", frames_of(results))
+    target = job.output.with_suffix(".mp4")
+    (job.partial / "video.mp4").replace(target)
+    job.finish([target], frames=count, successes=sum(result.success_once for result in results))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from demo2eval.checkpoints.policy_metadata import PolicyDescription
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.errors import UserError
 from demo2eval.pi0.config import make_config, without_lora
-from demo2eval.provenance import Work, making, read_manifest, sha256_text, to_json
+from demo2eval.provenance import StageJob, run_stage, read_manifest, sha256_text, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,35 +148,35 @@ def load_tokenizer(settings: Settings):
 
 def init_checkpoint(settings: Settings, norm_stats: Path, output: Path) -> None:
     """Make checkpoint 0 at `output` (results/<run>/checkpoints/0.json) from the manifest of the norm stats."""
-    with making(
+    with run_stage(
         output,
         stage="init_checkpoint",
         module=__spec__.name,
         settings=settings,
         inputs={"norm_stats": norm_stats},
-    ) as work:
-        if not work.finished:
-            _make(settings, norm_stats, work)
+    ) as job:
+        if not job.reused:
+            _make(settings, norm_stats, job)
 
 
-def _make(settings: Settings, norm_stats: Path, work: Work) -> None:
+def _make(settings: Settings, norm_stats: Path, job: StageJob) -> None:
     from demo2eval.pi0.normalize import load_norm_stats
 
-    payload = work.output.with_suffix("")
+    payload = job.output.with_suffix("")
     shutil.rmtree(payload, ignore_errors=True)
     stats_file = norm_stats.parent / "norm_stats.json"
     tokenizer = load_tokenizer(settings)
     description = describe(settings, load_norm_stats(stats_file), tokenizer)
-    assets = work.partial / "assets" / description.asset_id
+    assets = job.partial / "assets" / description.asset_id
     assets.mkdir(parents=True, exist_ok=True)
     shutil.copy(stats_file, assets / "norm_stats.json")
     tokenizer.save(assets / "tokenizer.model")
-    description.write(work.partial)
-    shutil.rmtree(work.partial / "params", ignore_errors=True)
-    digest = write_params(settings, description.config, work.partial / "params")
-    work.partial.rename(payload)
+    description.write(job.partial)
+    shutil.rmtree(job.partial / "params", ignore_errors=True)
+    digest = write_params(settings, description.config, job.partial / "params")
+    job.partial.rename(payload)
     # The base weights may be linked: they are not ours to list, and their digest is in the manifest anyway.
-    work.finish(
+    job.finish(
         [payload / "assets"],
         digest=sha256_text(digest + to_json(description)),
         step=0,

@@ -19,7 +19,7 @@ from pathlib import Path
 from demo2eval.checkpoints.policy_metadata import read_description
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.errors import UserError
-from demo2eval.provenance import Work, making, read_manifest
+from demo2eval.provenance import StageJob, run_stage, read_manifest
 
 REPORT_EVERY = 20
 TRAIN_STATES_KEPT = 2
@@ -230,15 +230,15 @@ def prune_train_states(checkpoints: Path, step: int) -> None:
 def train_segment(settings: Settings, previous: Path, cache: Path, output: Path) -> None:
     """Train from the checkpoint of manifest `previous` to `settings.to_step` and write the manifest `output`."""
     inputs = {"previous": previous, "cache": cache}
-    with making(
+    with run_stage(
         output, stage="train_segment", module=__spec__.name, settings=settings, inputs=inputs
-    ) as work:
-        if not work.finished:
-            _make(settings, previous, cache, work)
+    ) as job:
+        if not job.reused:
+            _make(settings, previous, cache, job)
     prune_train_states(output.parent, settings.to_step)
 
 
-def _make(settings: Settings, previous: Path, cache: Path, work: Work) -> None:
+def _make(settings: Settings, previous: Path, cache: Path, job: StageJob) -> None:
     import jax
 
     from demo2eval.checkpoints.openpi import save_params
@@ -247,12 +247,12 @@ def _make(settings: Settings, previous: Path, cache: Path, work: Work) -> None:
     from demo2eval.training.optimizer import make_optimizer, make_schedule
     from demo2eval.training.state import save_train_state, tree_digest
 
-    first_step = read_manifest(previous)["facts"]["step"]
+    first_step = read_manifest(previous)["metadata"]["step"]
     if first_step >= settings.to_step:
         raise UserError(
             f"{previous} is of step {first_step}, not before {settings.to_step}; give the checkpoint before."
         )
-    source, payload = payload_of(previous), payload_of(work.output)
+    source, payload = payload_of(previous), payload_of(job.output)
     config = read_description(source).config
     schedule = make_schedule(
         settings.warmup_steps, settings.peak_lr, settings.decay_steps, settings.decay_lr
@@ -266,30 +266,30 @@ def _make(settings: Settings, previous: Path, cache: Path, work: Work) -> None:
     )
 
     shutil.rmtree(payload, ignore_errors=True)
-    shutil.rmtree(work.partial)
-    metrics_file = work.partial / "metrics.csv"
+    shutil.rmtree(job.partial)
+    metrics_file = job.partial / "metrics.csv"
     started = time.monotonic()
     state = train(settings, config, state, data, first_step, metrics_file, optimizer, schedule)
     seconds = time.monotonic() - started
     published = unflatten(state.get("ema", state["params"]) | state["frozen"])
-    save_params(work.partial / "params", published)
-    save_train_state(work.partial / "train_state", state["params"], state["opt_state"])
-    shutil.copytree(source / "assets", work.partial / "assets")
-    work.partial.rename(payload)
+    save_params(job.partial / "params", published)
+    save_train_state(job.partial / "train_state", state["params"], state["opt_state"])
+    shutil.copytree(source / "assets", job.partial / "assets")
+    job.partial.rename(payload)
     kept = [item for item in payload.iterdir() if item.name != "train_state"]
     rate = settings.batch_size * (settings.to_step - first_step) / seconds
     print(
         f"trained steps {first_step} to {settings.to_step} in {seconds:.0f} s, {rate:.1f} samples/s",
         file=sys.stderr,
     )
-    work.finish(
+    job.finish(
         kept,
         digest=tree_digest(jax.device_get(published)),
         step=settings.to_step,
         training_time_s=round(seconds, 3),
         samples_per_s=round(rate, 2),
         device=jax.devices()[0].device_kind,
-        dataset=read_manifest(previous)["facts"]["dataset"],
+        dataset=read_manifest(previous)["metadata"]["dataset"],
     )
 
 
