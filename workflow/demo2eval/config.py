@@ -451,8 +451,9 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _keys_at(model: type[BaseModel], path: tuple) -> list[str]:
-    """Return the keys that the section at `path`, below a model, may have."""
+def _keys_at(path: tuple[str, ...]) -> list[str]:
+    """Return the keys that the part of the configuration at `path` may have."""
+    model: type[BaseModel] = Config
     for key in path:
         if key not in model.model_fields:
             continue
@@ -473,8 +474,10 @@ def _sentence(error: Mapping[str, Any]) -> str:
     )
     name, value = ".".join(path), error.get("input")
     if error["type"] == "extra_forbidden":
-        parent, known = ".".join(path[:-1]), _keys_at(Config, path[:-1])
-        hint = suggest(path[-1], known) or f" Known keys: {', '.join(known)}."
+        parent, known = ".".join(path[:-1]), _keys_at(path[:-1])
+        sections = [item for item in Sections.model_fields if path[-1] in _keys_at(("runs", item))]
+        hint = f" It is a key of {sections[0]}." if sections else suggest(path[-1], known)
+        hint = hint or f" Known keys: {', '.join(known)}."
         return f"{parent or 'the configuration'} has an unknown key {path[-1]!r}.{hint}"
     if error["type"] == "missing":
         return f"{name} is missing; the configuration needs it."

@@ -17,15 +17,17 @@ from demo2eval import config as settings
 from demo2eval.errors import UserError
 from demo2eval.fingerprint import code_fingerprint
 
-# Jobs inherit these. They stand in no command, so another machine's Python makes nothing stale.
-os.environ["PYTHON"] = sys.executable
-os.environ["PLANNING_PYTHON"] = str(WORKFLOW.parent / "envs/planning/.venv/bin/python")
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(WORKFLOW), *filter(None, [os.environ.get("PYTHONPATH")])]
-)
-# What one job compiled, the next one need not.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "results/.jax_cache")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+PLANNING_PYTHON = WORKFLOW.parent / "envs/planning/.venv/bin/python"
+python_path = [str(WORKFLOW), *filter(None, [os.environ.get("PYTHONPATH")])]
+# Jobs inherit these. They stand in no command, so another machine's Python makes nothing stale. What
+# one job compiled, the next one need not.
+os.environ |= {
+    "PYTHON": sys.executable,
+    "PLANNING_PYTHON": str(PLANNING_PYTHON),
+    "PYTHONPATH": os.pathsep.join(python_path),
+    "JAX_COMPILATION_CACHE_DIR": "results/.jax_cache",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+}
 
 try:
     RUNS = settings.load(config)
@@ -198,7 +200,7 @@ def check_requirements(jobs):
         if sentence := settings.missing_weights(get_run(name)):
             raise WorkflowError(sentence)
     planning = any(job.rule.name.endswith("plan") for job in jobs)
-    if planning and not Path(os.environ["PLANNING_PYTHON"]).exists():
+    if planning and not PLANNING_PYTHON.exists():
         raise WorkflowError("envs/planning/.venv does not exist: run `make setup`.")
 
 
