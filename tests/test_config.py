@@ -202,6 +202,15 @@ def test_unknown_names_suggest_the_nearest(config):
     assert "run 'empty': has no task" in said
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["reach", "grab", "lift", "done"], "'grab'"), (["reach", "place", "done"], "needs `placed`")],
+)
+def test_milestones_are_known_before_the_last(config, names, expected):
+    config["tasks"]["PushCube-v1"]["milestones"] = {"names": names}
+    assert expected in message(config)
+
+
 def test_runs_that_extend_each_other_are_refused(config):
     config["runs"]["a"], config["runs"]["b"] = {"extends": "b"}, {"extends": "a"}
     assert "a -> b -> a" in message(config)

@@ -39,6 +39,7 @@ MAX_SEED = 2**31 - 1
 MAX_CHECKPOINTS = 300
 MAX_PARAMS = 100_000_000_000
 BASE_WEIGHTS = {"pi05": "pi05_base", "pi0": "pi0_base"}
+MILESTONES = ("reach", "grasp", "lift", "move", "place")
 SCHEDULE: dict[str, Any] = {"schedule": True}
 """Marks a setting that decides how much is done or how fast, but not what a finished job holds."""
 
@@ -341,6 +342,19 @@ class Milestones(Section):
         description="env attribute [1, 3]: half of a long object's length, along its x axis",
     )
 
+    @model_validator(mode="after")
+    def _check_names(self) -> "Milestones":
+        for name in self.names[:-1]:
+            if name not in MILESTONES:
+                known = ", ".join(MILESTONES)
+                raise ValueError(
+                    f"has {name!r} before its end; there only {known} are known."
+                    f"{suggest(name, MILESTONES)}"
+                )
+        if "place" in self.names[:-1] and self.placed is None:
+            raise ValueError("needs `placed`, the key of ManiSkill's info for `place`")
+        return self
+
 
 class Sections(Section):
     """What tasks and runs may set."""
@@ -486,6 +500,8 @@ def _sentence(error: Mapping[str, Any]) -> str:
         known = expected.replace(" or ", ", ").split(", ")
         return f"{name} is {value!r}; it may be {expected}.{suggest(str(value), known)}"
     reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if isinstance(value, Mapping):
+        return f"{name} {reason.rstrip('.')}."
     return f"{name} is {value!r}; it {reason}."
 
 
