@@ -1,10 +1,12 @@
 """Fixtures of the whole suite."""
 
+import functools
 import json
 import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 # Two workers of pytest share two cores; nothing numerical has been imported yet.
 for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):
@@ -18,6 +20,23 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
+TASKS = (
+    "StackCube-v1",
+    "PickCube-v1",
+    "PushCube-v1",
+    "PullCube-v1",
+    "PlaceSphere-v1",
+    "PegInsertionSide-v1",
+)
+
+
+@functools.cache
+def find_task(name: str):
+    """Return a task's facts and settings, a `demo2eval.config.Task`, from config/config.yaml."""
+    from demo2eval.config import Task
+
+    config = yaml.safe_load((FIXTURES.parent.parent / "config/config.yaml").read_text())
+    return Task.model_validate(config["tasks"][name])
 
 
 def pytest_collection_modifyitems(items) -> None:
