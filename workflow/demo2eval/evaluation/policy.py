@@ -23,9 +23,9 @@ BATCH_SIZES = {"cpu": 4, "gpu": 8}
 class Policy:
     """A loaded checkpoint, which always infers with the same compiled batch size.
 
-    Batches of different sizes differ in their last bits, which a contact in the simulation turns into
-    another episode. One fixed size makes the actions for an observation independent of how many
-    observations come together.
+    Batches of different sizes differ in their last bits, which a contact in the simulation turns
+    into another episode. One fixed size makes the actions for an observation independent of how
+    many observations come together.
 
     Attributes:
         description: the checkpoint's policy.json.
@@ -60,7 +60,7 @@ class Policy:
         """Compile the model, which the first `infer` would do otherwise."""
         size = self.description.image_size_rendered
         black = np.zeros((size, size, 3), np.uint8)
-        images = {camera: black for camera in self.description.cameras.values()}
+        images = dict.fromkeys(self.description.cameras.values(), black)
         state = np.zeros(self._stats["state"].mean.shape[-1], np.float32)
         self.infer([{"images": images, "state": state}], [self.draw_noise(0, 0, 0)])
 
@@ -97,8 +97,8 @@ class Policy:
         )
         if not np.isfinite(chunks).all():
             raise UserError(
-                f"the policy in {self._checkpoint} returns actions that are not finite; its training "
-                "diverged."
+                f"the policy in {self._checkpoint} returns actions that are not finite; its "
+                "training diverged."
             )
         return self.transform_outputs(chunks, np.stack([item["state"] for item in observations]))
 

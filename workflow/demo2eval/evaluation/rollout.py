@@ -6,7 +6,8 @@ Out: <output without .json>.csv, a row per episode: seed, success_once, success_
      first_success_step (empty without success), steps, policy_calls, the furthest milestone, and
      nearest_mm, how near the gripper came to the object.
 
-Each episode starts in a fresh scene, and the noise of a policy call follows from policy seed, episode
+Each episode starts in a fresh scene, and the noise of a policy call follows from policy seed,
+episode
 seed and number of the call alone: `evaluation.num_workers` changes the time and not the result. A
 process that is killed loses no finished episode.
 """
@@ -117,8 +118,9 @@ def check_seeds(seeds: Iterable[int], checkpoint: Path, dataset: Path) -> None:
     shared = sorted(set(seeds) & set(content["metadata"]["seeds"]))
     if shared:
         raise UserError(
-            f"{len(shared)} evaluation seeds, {shared[0]} among them, are those of demonstrations in "
-            f"{dataset}; move evaluation.first_seed, or the policy is tested on what it was shown."
+            f"{len(shared)} evaluation seeds, {shared[0]} among them, are those of demonstrations "
+            f"in {dataset}; move evaluation.first_seed, or the policy is tested on what it was "
+            "shown."
         )
 
 
@@ -137,13 +139,14 @@ def make_episode_settings(
     """
     if policy.task != task:
         raise UserError(
-            f"the checkpoint is a policy for {policy.task}, not for {task}; evaluate it on its own task."
+            f"the checkpoint is a policy for {policy.task}, not for {task}; evaluate it on its own "
+            "task."
         )
     horizon = policy.config.action_horizon
     if evaluation.replan_steps > horizon:
         raise UserError(
-            f"evaluation.replan_steps {evaluation.replan_steps} is more than the policy's {horizon} "
-            "actions; lower it."
+            f"evaluation.replan_steps {evaluation.replan_steps} is more than the policy's "
+            f"{horizon} actions; lower it."
         )
     return EpisodeSettings(
         task=task,

@@ -1,8 +1,8 @@
 """Simulator processes: each holds one env and runs whole episodes.
 
 A process gets a seed, sends a `PolicyCall` whenever the episode needs actions, and at its end the
-`EpisodeResult`. An episode goes on to its time limit also after success, since success at the end is
-measured there.
+`EpisodeResult`. An episode goes on to its time limit also after success, since success at the end
+is measured there.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,7 +20,6 @@ import numpy as np
 
 from demo2eval.config import Milestones
 from demo2eval.errors import UserError
-from demo2eval.maniskill.robots import Robot
 
 FRAME_SIZE = 256
 """Side of the recorded frames, pixels."""
@@ -40,7 +39,7 @@ class EpisodeSettings:
     """
 
     task: str
-    robot: Robot
+    robot: str
     control_mode: str
     cameras: tuple[str, ...]
     image_size: int
@@ -94,7 +93,7 @@ class EpisodeResult:
     success_so_far: np.ndarray | None = None
 
 
-Infer = Callable[[list[PolicyCall]], Sequence[np.ndarray]]
+Infer = Callable[[list[PolicyCall]], Iterable[np.ndarray]]
 """Returns the actions of each call, [at least replan_steps, action_dim]."""
 
 
@@ -122,7 +121,8 @@ def run_episode(env: Any, settings: EpisodeSettings, seed: int, infer: Infer) ->
     from demo2eval.maniskill.observation import state_vector
 
     # A scene that was used before keeps contacts in its solver: the same seed and actions then end
-    # up to centimeters apart. A fresh one costs 0.2 s, and makes episodes independent of each other.
+    # up to centimeters apart. A fresh one costs 0.2 s, and makes episodes independent of each
+    # other.
     env.reset(seed=seed, options={"reconfigure": True})
     tracker = MilestoneTracker(env, settings.object, settings.milestones)
     success, frames = [False], [_render(env)] if settings.record_frames else []
@@ -158,14 +158,14 @@ def _render(env: Any) -> np.ndarray:
 
 
 def work(connection: Connection, settings: EpisodeSettings) -> None:
-    """Make an env and run episodes of the seeds that come, until None comes or the parent is gone."""
+    """Make an env; run episodes of the seeds that come, until None comes or the parent ends."""
     from demo2eval.maniskill.env import limit_threads
 
     # Control-C reaches all processes of a terminal; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit_threads()
 
-    def infer(calls: list[PolicyCall]) -> Sequence[np.ndarray]:
+    def infer(calls: list[PolicyCall]) -> list[np.ndarray]:
         connection.send(calls[0])
         return [connection.recv()]
 
@@ -223,8 +223,8 @@ class Worker:
         except (EOFError, ConnectionError):
             self.process.join()
             raise UserError(
-                f"simulator process {self.number} died with status {self.process.exitcode} {during}; "
-                "if memory ran out, lower evaluation.num_workers."
+                f"simulator process {self.number} died with status {self.process.exitcode} "
+                f"{during}; if memory ran out, lower evaluation.num_workers."
             ) from None
         if isinstance(message, RuntimeError):
             raise RuntimeError(f"simulator process {self.number} failed {during}:\n{message}")
@@ -264,12 +264,12 @@ def run_episodes(
     try:
         for number in range(min(num_workers, len(seeds))):
             started.append(Worker.start(number, settings))
-        busy = {worker.connection: worker for worker in started}
+        busy = list(started)
         infer = load_policy()
         while busy:
             calls = []
-            for connection in wait(list(busy)):
-                worker = busy[connection]
+            ready = wait([worker.connection for worker in busy])
+            for worker in [worker for worker in busy if worker.connection in ready]:
                 message = worker.receive()
                 if isinstance(message, PolicyCall):
                     calls.append((worker, message))
@@ -277,7 +277,7 @@ def run_episodes(
                 worker.seed = remaining.pop() if remaining else None
                 worker.send(worker.seed)
                 if worker.seed is None:
-                    del busy[connection]
+                    busy.remove(worker)
                 if isinstance(message, EpisodeResult):
                     yield message
             if calls:

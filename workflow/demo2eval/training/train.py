@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import jax
     import optax
 
-    from demo2eval.data.loader import TrainingData
+    from demo2eval.data.loader import BatchLoader
     from demo2eval.training.state import TrainState
 
 LOG_INTERVAL = 20
@@ -49,7 +49,7 @@ def batch_loss(
 
     Args:
         trained, frozen: flat parameters.
-        batch: as `TrainingData.batch` gives it: uint8 images [b, h, w, 3] by camera, state
+        batch: as `BatchLoader.load_batch` gives it: uint8 images [b, h, w, 3] by camera, state
             [b, action_dim], actions [b, horizon, action_dim], the prompt's tokens and mask [b, l].
         key: of augmentation, noise and time.
     """
@@ -115,7 +115,7 @@ def train_loop(
     schedule: "optax.Schedule",
     training: Training,
     state: "TrainState",
-    data: "TrainingData",
+    loader: "BatchLoader",
     *,
     steps: range,
     seed: int,
@@ -124,7 +124,7 @@ def train_loop(
     """Train and return the last state.
 
     Args:
-        data: gives the batches.
+        loader: gives the batches.
         steps: to do.
         seed: of batches and noise.
         log: metrics.csv to write.
@@ -140,7 +140,7 @@ def train_loop(
 
     def batches() -> Iterator[dict]:
         for step in steps:
-            yield jax.device_put(data.batch(step, training.batch_size, seed))
+            yield jax.device_put(loader.load_batch(step, training.batch_size, seed))
 
     compiled_step = jax.jit(
         functools.partial(train_step, config, optimizer, training), donate_argnums=0
@@ -224,7 +224,7 @@ def _train(
     import jax
 
     from demo2eval.checkpoints.openpi import save_params
-    from demo2eval.data.loader import TrainingData
+    from demo2eval.data.loader import BatchLoader
     from demo2eval.training.optimizer import make_optimizer, make_schedule
     from demo2eval.training.state import init_train_state, save_train_state, tree_digest
 
@@ -241,7 +241,7 @@ def _train(
     )
     optimizer = make_optimizer(schedule, training.clip_gradient_norm, training.weight_decay)
     state = init_train_state(source, steps.start, config, optimizer, training.ema_decay)
-    data = TrainingData.for_policy(
+    loader = BatchLoader.for_policy(
         image_cache.parent, source, state_noise=state_noise, num_val_demos=training.num_val_demos
     )
 
@@ -250,7 +250,7 @@ def _train(
     log = job.partial / "metrics.csv"
     started = time.monotonic()
     state = train_loop(
-        config, optimizer, schedule, training, state, data, steps=steps, seed=seed, log=log
+        config, optimizer, schedule, training, state, loader, steps=steps, seed=seed, log=log
     )
     seconds = time.monotonic() - started
     rate = training.batch_size * len(steps) / seconds
