@@ -40,11 +40,11 @@ def measure_action_error(
     """Measure the action error of a checkpoint.
 
     Args:
-        checkpoint: manifest of the checkpoint
-        image_cache: manifest of the image cache of its dataset
-        output: manifest to write, <run>/action_errors/<step>.json
-        num_val_demos: demonstrations at the dataset's end that were not trained on
-        evaluation: settings of the rollouts, of which those of the policy count here
+        checkpoint: manifest of the checkpoint.
+        image_cache: manifest of the image cache of its dataset.
+        output: manifest to write, <run>/action_errors/<step>.json.
+        num_val_demos: demonstrations at the dataset's end that were not trained on.
+        evaluation: settings of the rollouts, of which those of the policy count here.
 
     Raises:
         UserError: if the cache is not of the dataset that the checkpoint was trained on.
@@ -91,14 +91,15 @@ def summarize(errors: np.ndarray) -> "pd.DataFrame":
     """Return mean and 95 % quantile of errors [samples, steps, action dim], by dimension."""
     import pandas as pd
 
+    means, quantiles = errors.mean(axis=(0, 1)), np.quantile(errors, 0.95, axis=(0, 1))
     table = pd.DataFrame(
         {
             "samples": len(errors),
-            "mean_abs_error": errors.mean(axis=(0, 1)).astype(np.float64),
-            "q95_abs_error": np.quantile(errors, 0.95, axis=(0, 1)).astype(np.float64),
+            "mean_abs_error": [round(float(value), 6) for value in means],
+            "q95_abs_error": [round(float(value), 6) for value in quantiles],
         }
     )
-    return table.rename_axis("dimension").round(6)
+    return table.rename_axis("dimension")
 
 
 def select_samples(cache: Path, num_val_demos: int) -> dict[str, np.ndarray]:

@@ -7,9 +7,8 @@ Out: <output without .json>.csv, a row per episode: seed, success_once, success_
      nearest_mm, how near the gripper came to the object.
 
 Each episode starts in a fresh scene, and the noise of a policy call follows from policy seed,
-episode
-seed and number of the call alone: `evaluation.num_workers` changes the time and not the result. A
-process that is killed loses no finished episode.
+episode seed and number of the call alone: `evaluation.num_workers` changes the time and not the
+result. A process that is killed loses no finished episode.
 """
 
 import csv
@@ -58,13 +57,13 @@ def run_rollouts(
     """Evaluate a checkpoint.
 
     Args:
-        checkpoint: manifest of the checkpoint
-        dataset: manifest of its dataset, to compare seeds; null: they are not compared
-        output: manifest to write, <run>/rollouts/<step>.json
-        task: ManiSkill's environment id
-        object: env attribute, the object that is manipulated
-        milestones: sub-goals of the task
-        evaluation: settings of the rollouts
+        checkpoint: manifest of the checkpoint.
+        dataset: manifest of its dataset, to compare seeds; null: they are not compared.
+        output: manifest to write, <run>/rollouts/<step>.json.
+        task: ManiSkill's environment id.
+        object: env attribute, the object that is manipulated.
+        milestones: sub-goals of the task.
+        evaluation: settings of the rollouts.
 
     Raises:
         UserError: if evaluation seeds were demonstrated, or the checkpoint does not fit the task.

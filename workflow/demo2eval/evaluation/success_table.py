@@ -29,11 +29,11 @@ def make_success_table(
     """Make the tables and the curve of a run.
 
     Args:
-        run: name of the run
-        rollouts: manifests of the rollouts of its checkpoints
-        table: success.csv to write
-        curve: success.png to write
-        milestones: milestones.csv to write
+        run: name of the run.
+        rollouts: manifests of the rollouts of its checkpoints.
+        table: success.csv to write.
+        curve: success.png to write.
+        milestones: milestones.csv to write.
 
     Raises:
         UserError: if the checkpoints were not evaluated on the same seeds under the same
@@ -138,7 +138,7 @@ def count_milestones(episodes: "pd.DataFrame", names: list[str]) -> list[dict]:
                 "milestone": name,
                 "came_so_far": int((furthest >= index).sum()),
                 "and_no_further": len(nearest),
-                "median_nearest_mm": round(nearest.median(), 1) if len(nearest) else None,
+                "median_nearest_mm": round(float(nearest.median()), 1) if len(nearest) else None,
             }
         )
     return rows

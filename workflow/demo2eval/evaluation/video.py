@@ -43,14 +43,14 @@ def record_videos(
     """Record `evaluation.num_videos` episodes of a checkpoint.
 
     Args:
-        checkpoint: manifest of the checkpoint
-        output: manifest to write, <run>/videos/<step>.json
-        task: ManiSkill's environment id
-        object: env attribute, the object that is manipulated
-        milestones: sub-goals of the task
-        evaluation: settings of the rollouts
+        checkpoint: manifest of the checkpoint.
+        output: manifest to write, <run>/videos/<step>.json.
+        task: ManiSkill's environment id.
+        object: env attribute, the object that is manipulated.
+        milestones: sub-goals of the task.
+        evaluation: settings of the rollouts.
         rollouts: manifest of the checkpoint's rollouts; only episodes that failed there are
-            recorded
+            recorded.
 
     Raises:
         UserError: if the checkpoint does not fit the task, or no episode failed.

@@ -35,16 +35,16 @@ def init_checkpoint(
     """Make checkpoint 0.
 
     Args:
-        norm_stats: manifest of the norm stats
-        output: manifest to write, <run>/checkpoints/0.json
-        task: ManiSkill's environment id
-        prompt: the instruction
-        robot: ManiSkill's robot
-        seed: seed of initial weights
-        replay: settings of the replay: cameras, image size and control mode
-        dataset: settings of the dataset, of which the state counts here
-        actions: settings of the actions
-        model: settings of the model
+        norm_stats: manifest of the norm stats.
+        output: manifest to write, <run>/checkpoints/0.json.
+        task: ManiSkill's environment id.
+        prompt: the instruction.
+        robot: ManiSkill's robot.
+        seed: seed of initial weights.
+        replay: settings of the replay: cameras, image size and control mode.
+        dataset: settings of the dataset, of which the state counts here.
+        actions: settings of the actions.
+        model: settings of the model.
 
     Raises:
         UserError: if the base weights or their tokenizer are missing, damaged or of another model.

@@ -186,13 +186,13 @@ def train(
     """Train from the checkpoint before to a step.
 
     Args:
-        previous: manifest of the checkpoint before
-        image_cache: manifest of the image cache
-        output: manifest to write, <run>/checkpoints/<step>.json
-        step: training step of the checkpoint to make
-        seed: seed of batches, noise and augmentation
-        training: settings of the optimization
-        actions: settings of the actions, of which state_noise counts here
+        previous: manifest of the checkpoint before.
+        image_cache: manifest of the image cache.
+        output: manifest to write, <run>/checkpoints/<step>.json.
+        step: training step of the checkpoint to make.
+        seed: seed of batches, noise and augmentation.
+        training: settings of the optimization.
+        actions: settings of the actions, of which state_noise counts here.
 
     Raises:
         UserError: if the checkpoint before is not before, or its training state is gone.
