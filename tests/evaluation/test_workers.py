@@ -63,7 +63,7 @@ def demos(pushcube_demos) -> list:
 
 
 def run_all(env, demos):
-    """Run the demonstrations' episodes in this process; return results by seed, and observations."""
+    """Run the demonstrations' episodes in this process; return results and observations."""
     policy = DemoPolicy(demos)
     results = {seed: run_episode(env, SETTINGS, seed, policy) for seed in policy.actions}
     return results, policy.observations

@@ -1,6 +1,7 @@
 """Checkpoint 0: what it says of the policy, and LoRA on weights that were trained before."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_lora_trains_its_factors_on_base_weights_and_freezes_the_rest(pushcube_r
             continuous_state_token=True,
             overrides={"vocab_size": read_description(base).config.vocab_size},
         )
-        for previous, step in zip(steps, steps[1:], strict=False):
+        for previous, step in pairwise(steps):
             train(
                 tmp_path / folder / f"{previous}.json",
                 image_cache,
