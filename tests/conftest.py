@@ -46,59 +46,61 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture(scope="session")
 def pushcube_demos() -> Path:
-    """Manifest of a shard of three planned PushCube demonstrations."""
+    """Manifest of a shard of three planned PushCube demos."""
     return FIXTURES / "pushcube" / "manifest.json"
 
 
 @pytest.fixture(scope="session")
 def stackcube_demos() -> Path:
-    """Manifest of a shard of two planned StackCube demonstrations, by the Panda with a camera on its hand."""
+    """Manifest of a shard of two planned StackCube demos, by the Panda with a camera on its hand."""
     return FIXTURES / "stackcube" / "manifest.json"
 
 
 @pytest.fixture(scope="session")
 def pushcube_replay(pushcube_demos, tmp_path_factory) -> Path:
-    """Manifest of the three demonstrations replayed with pictures at every sixth step."""
-    from demo2eval.data.replay import Settings, replay
+    """Manifest of the three demos replayed with an image at every sixth step."""
+    from demo2eval.config import Replay
+    from demo2eval.data.replay import replay_demos
 
     output = tmp_path_factory.mktemp("replay") / "shard-000" / "manifest.json"
-    replay(
-        Settings(task="PushCube-v1", cameras=["base_camera"], image_stride=6),
+    task = find_task("PushCube-v1")
+    replay_demos(
         pushcube_demos,
         output,
+        task="PushCube-v1",
+        robot=task.robot,
+        object=task.object,
+        replay=Replay(image_stride=6),
     )
     return output
 
 
 @pytest.fixture(scope="session")
 def pushcube_shards(pushcube_replay, tmp_path_factory) -> list[Path]:
-    """Manifests of two shards, which share the three replayed demonstrations: two in the first, one in the second."""
+    """Manifests of two shards with the three replayed demos: two in the first, one in the second."""
     import h5py
 
     from demo2eval.provenance import read_manifest, sha256_file, sha256_text, to_json
 
     folder, manifests = tmp_path_factory.mktemp("shards"), []
-    description = json.loads(pushcube_replay.with_name("trajectory.json").read_text())
-    for number, part in enumerate((slice(0, 2), slice(2, 3))):
+    metadata = json.loads(pushcube_replay.with_name("trajectory.json").read_text())
+    for number, episodes in enumerate((metadata["episodes"][:2], metadata["episodes"][2:])):
         shard = folder / f"shard-{number:03d}"
         shard.mkdir()
-        episodes = description["episodes"][part]
-        (shard / "trajectory.json").write_text(json.dumps(description | {"episodes": episodes}))
+        (shard / "trajectory.json").write_text(json.dumps(metadata | {"episodes": episodes}))
         with (
             h5py.File(pushcube_replay.with_name("trajectory.h5")) as whole,
             h5py.File(shard / "trajectory.h5", "w") as file,
         ):
             for episode in episodes:
                 whole.copy(f"traj_{episode['episode_id']}", file)
-        files = {
+        outputs = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(shard.iterdir())
         }
-        made = read_manifest(pushcube_replay) | {
-            "files": files,
-            "digest": sha256_text(to_json(files)),
-        }
-        (shard / "manifest.json").write_text(to_json(made))
+        changes = {"outputs": outputs, "digest": sha256_text(to_json(outputs))}
+        manifest = to_json(read_manifest(pushcube_replay) | changes)
+        (shard / "manifest.json").write_text(manifest)
         manifests.append(shard / "manifest.json")
     return manifests
 

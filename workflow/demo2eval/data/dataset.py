@@ -3,11 +3,11 @@
 In:  manifests of replayed shards, trajectory.h5 and trajectory.json beside each.
 Out: lerobot/ beside the manifest, for `LeRobotDataset("demo2eval/<any name>", root=<that folder>)`.
 
-A row is a control step: `action`, `observation.state`, `observation.images.<camera>` of all cameras that
-were replayed, and `image_age`, the steps since that image was rendered. Where not every step was
-rendered, a row shows the newest image, as a slow camera would. The observation after the last action has
-no row. Actions and states are those of the demos bit for bit, and so are PNG images. Video (h264, 4:4:4)
-loses a little: the manifest has the measured PSNR.
+A row is a control step: `action`, `observation.state`, `observation.images.<camera>` of all cameras
+that were replayed, and `frame_age`, the steps since that image was rendered. Where not every step
+was rendered, a row shows the newest image, as a slow camera would. The observation after the last
+action has no row. Actions and states are those of the demos bit for bit, and so are PNG images.
+Video (h264, 4:4:4) loses a little: the manifest has the measured PSNR.
 
 Shards are written by separate processes. A job that was killed goes on with the unfinished shards.
 """
@@ -22,11 +22,12 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from demo2eval.cli import run
 from demo2eval.config import Dataset, OnInvalid
 from demo2eval.data.lerobot_metadata import assemble_dataset
-from demo2eval.data.lerobot_reader import IMAGE_AGE, IMAGE_PREFIX
+from demo2eval.data.lerobot_reader import FRAME_AGE, IMAGE_PREFIX
 from demo2eval.data.lerobot_writer import Shard, ShardFormat, write_shard
 from demo2eval.data.trajectory import SENSORS, list_cameras, state_path
 from demo2eval.data.validate import (
@@ -77,7 +78,8 @@ def build_dataset(
         output: manifest to write; the dataset is made beside it.
         prompt: the instruction, LeRobot's task.
         num_demos: take the first so many demos; null: all.
-        on_invalid: error: stop if a demo is invalid. skip: leave it out and name it in the manifest.
+        on_invalid: error: stop if a demo is invalid. skip: leave it out and name it in the
+            manifest.
         dataset: state and images.
         num_workers: processes; they change the time only.
 
@@ -131,24 +133,21 @@ def _publish(
     counts: dict[str, int],
     skipped: list[dict],
 ) -> None:
-    psnr = None
+    metadata: dict[str, Any] = counts | {
+        "seeds": source.seeds,
+        "control_mode": source.control_mode,
+        "action_dim": source.action_dim,
+        "state": shard_format.state,
+        "cameras": shard_format.cameras,
+        "fps": shard_format.fps,
+        "skipped": skipped,
+    }
     if shard_format.video_crf is not None:
-        psnr = find_worst_psnr(source.shards, job.partial)
+        metadata["psnr_db"] = find_worst_psnr(source.shards, job.partial)
     folder = job.folder / "lerobot"
     shutil.rmtree(folder, ignore_errors=True)
     (job.partial / "lerobot").rename(folder)
-    job.finish(
-        [folder],
-        **counts,
-        seeds=source.seeds,
-        control_mode=source.control_mode,
-        action_dim=source.action_dim,
-        state=list(shard_format.state),
-        cameras=list(shard_format.cameras),
-        fps=shard_format.fps,
-        psnr_db=psnr,
-        skipped=skipped,
-    )
+    job.finish([folder], **metadata)
 
 
 # What is taken.
@@ -168,7 +167,7 @@ def select_demos(files: list[ValidatedFile], num_demos: int | None, state: list[
             row += sum(lengths)
         selected += demos
     with h5py.File(shards[0].source, "r") as content:
-        group = content[selected[0].name]
+        group: Any = content[selected[0].name]
         image_shapes = {
             camera: group[f"{SENSORS}/{camera}/rgb"].shape[1:] for camera in list_cameras(group)
         }
@@ -190,7 +189,7 @@ def make_features(dataset: Dataset, source: Source) -> dict:
     features = {
         "action": {"dtype": "float32", "shape": (len(action),), "names": action},
         "observation.state": {"dtype": "float32", "shape": (len(state),), "names": state},
-        IMAGE_AGE: {"dtype": "int64", "shape": (1,), "names": ["steps"]},
+        FRAME_AGE: {"dtype": "int64", "shape": (1,), "names": ["steps"]},
     }
     for camera, shape in source.image_shapes.items():
         features[IMAGE_PREFIX + camera] = {
@@ -207,7 +206,7 @@ def make_format(dataset: Dataset, source: Source, features: dict) -> ShardFormat
     from lerobot.utils.constants import DEFAULT_FEATURES
 
     return ShardFormat(
-        schema=get_hf_features_from_features({**features, **DEFAULT_FEATURES}).arrow_schema,
+        schema=get_hf_features_from_features(features | DEFAULT_FEATURES).arrow_schema,
         cameras=tuple(source.image_shapes),
         state=tuple(dataset.state),
         video_crf=dataset.video_crf if dataset.image_storage == "video" else None,
@@ -264,8 +263,8 @@ def write_shards(
     if crashed:
         raise UserError(
             f"{', '.join(crashed)}: the process that wrote this shard of the dataset was killed or "
-            "crashed (out of memory?); the other shards are finished, run the same command again, with "
-            "fewer workers if memory is short."
+            "crashed (out of memory?); the other shards are finished, run the same command again, "
+            "with fewer workers if memory is short."
         )
 
 
@@ -281,8 +280,10 @@ def end_with_parent() -> None:
     """Let a worker process end when the process that started it was killed."""
     from multiprocessing import connection, parent_process
 
+    parent: Any = parent_process()
+
     def watch() -> None:
-        connection.wait([parent_process().sentinel])
+        connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -35,7 +35,8 @@ def download_demos(
         task: ManiSkill's environment id, such as PushCube-v1.
         robot: ManiSkill's robot.
         num_demos: demos to import.
-        on_invalid: error: stop if a demo is invalid. skip: leave it out and name it in the manifest.
+        on_invalid: error: stop if a demo is invalid. skip: leave it out and name it in the
+            manifest.
 
     Raises:
         UserError: if there are none for the task, or the download fails; or lists what is invalid.

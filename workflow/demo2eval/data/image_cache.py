@@ -1,13 +1,13 @@
-"""Decodes the images of a dataset once, into arrays that training maps into memory. Runs may share it.
+"""Decodes the images of a dataset once, into arrays that training maps into memory.
 
 In:  the manifest of a LeRobot dataset.
-Out: beside the manifest, images_<camera>.npy (uint8 [samples, h, w, 3]), sample_row.npy (int64 [samples],
-     the row of each), and for all rows state.npy (float32 [rows, state dim]), action.npy (float32 [rows,
-     action dim]) and episode.npy (int64 [rows]).
+Out: beside the manifest, images_<camera>.npy (uint8 [samples, h, w, 3]), sample_row.npy (int64
+     [samples], the row of each), and for all rows state.npy (float32 [rows, state dim]), action.npy
+     (float32 [rows, action dim]) and episode.npy (int64 [rows]).
 
-A sample is a row whose image was rendered at that very step (`image_age` 0); rows that repeat an older
-image only give actions. Images larger than the model's are resized as the model would; smaller ones are
-kept, and resized while training.
+A sample is a row whose image was rendered at that very step (`frame_age` 0); rows that repeat an
+older image only give actions. Images larger than the model's are resized as the model would;
+smaller ones are kept, and resized while training.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ import numpy as np
 
 from demo2eval.cli import run
 from demo2eval.data.lerobot_reader import (
-    IMAGE_AGE,
+    FRAME_AGE,
     IMAGE_PREFIX,
     dataset_root,
     find_image_files,
@@ -80,7 +80,7 @@ def build_image_cache(
             return
         root = dataset_root(dataset)
         info = read_info(root)
-        names = ["observation.state", "action", "episode_index", IMAGE_AGE]
+        names = ["observation.state", "action", "episode_index", FRAME_AGE]
         state, action, episode, age = read_columns(root, names).values()
         is_sample = age == 0
         sample_row = np.flatnonzero(is_sample)
@@ -172,6 +172,7 @@ def decode_video(path: Path, frames: np.ndarray) -> Iterator[np.ndarray]:
         UserError: if the video is damaged or too short.
     """
     import av
+    from av.error import FFmpegError
 
     numbers = iter(frames)
     number = next(numbers, None)
@@ -183,7 +184,7 @@ def decode_video(path: Path, frames: np.ndarray) -> Iterator[np.ndarray]:
                     number = next(numbers, None)
                     if number is None:
                         return
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise UserError(
             f"{path} cannot be decoded ({error}); delete the dataset's manifest and make it again."
         ) from error

@@ -1,8 +1,8 @@
 """Imports demos from a trajectory file of the user's.
 
 In:  a ManiSkill trajectory file, .h5 with its .json beside it.
-Out: trajectory.h5 and trajectory.json beside the manifest, with the first `num_demos` demos, or all if
-     there are fewer.
+Out: trajectory.h5 and trajectory.json beside the manifest, with the first `num_demos` demos, or all
+     if there are fewer.
 
 Every trajectory is validated first (`demo2eval.data.validate`).
 """
@@ -34,7 +34,8 @@ def import_demos(
         task: ManiSkill's environment id, such as PushCube-v1.
         robot: ManiSkill's robot.
         num_demos: demos to import.
-        on_invalid: error: stop if a demo is invalid. skip: leave it out and name it in the manifest.
+        on_invalid: error: stop if a demo is invalid. skip: leave it out and name it in the
+            manifest.
 
     Raises:
         UserError: lists everything that is wrong with the file.

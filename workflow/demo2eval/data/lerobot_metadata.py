@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demo2eval.data.lerobot_reader import IMAGE_AGE, IMAGE_PREFIX, to_array
+from demo2eval.data.lerobot_reader import FRAME_AGE, IMAGE_PREFIX, to_array
 from demo2eval.data.lerobot_writer import KEY_FRAME_INTERVAL, PRESET, Shard, ShardFormat
 
 FILES_PER_CHUNK = 1000
@@ -37,6 +37,8 @@ def assemble_dataset(
     shutil.rmtree(root, ignore_errors=True)
     meta = _create_metadata(root, features, shard_format, prompt)
     _link_files(meta, root, partial, shards, shard_format)
+    if shard_format.video_crf is not None:
+        _add_video_info(meta, shard_format)
     columns, histograms = [], []
     for shard in shards:
         shard_columns, shard_histograms = _read_shard(
@@ -58,35 +60,38 @@ def assemble_dataset(
     return {
         "episodes": meta.total_episodes,
         "frames": meta.total_frames,
-        "images": int((all_columns[IMAGE_AGE] == 0).sum()),
+        "images": int((all_columns[FRAME_AGE] == 0).sum()),
     }
 
 
 def _create_metadata(root: Path, features: dict, shard_format: ShardFormat, prompt: str):
     """Return LeRobot's writer of meta/ for a new dataset."""
-    from lerobot.configs.video import VideoEncoderConfig
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
-    video = shard_format.video_crf is not None
     meta = LeRobotDatasetMetadata.create(
         "demo2eval/dataset",
         shard_format.fps,
         features,
         robot_type="panda",
         root=root,
-        use_videos=video,
+        use_videos=shard_format.video_crf is not None,
     )
     meta.save_episode_tasks([prompt])
-    if video:
-        encoder = VideoEncoderConfig(
-            vcodec="h264",
-            pix_fmt="yuv444p",
-            g=KEY_FRAME_INTERVAL,
-            crf=shard_format.video_crf,
-            preset=PRESET,
-        )
-        meta.update_video_info(video_encoder=encoder)
     return meta
+
+
+def _add_video_info(meta, shard_format: ShardFormat) -> None:
+    """Say in the features how the videos, which lie in their places, are encoded."""
+    from lerobot.configs.video import VideoEncoderConfig
+
+    encoder = VideoEncoderConfig(
+        vcodec="h264",
+        pix_fmt="yuv444p",
+        g=KEY_FRAME_INTERVAL,
+        crf=shard_format.video_crf,
+        preset=PRESET,
+    )
+    meta.update_video_info(video_encoder=encoder)
 
 
 def _file_index(shard: Shard) -> dict[str, int]:
@@ -100,7 +105,7 @@ def _file_index(shard: Shard) -> dict[str, int]:
 def _link_files(
     meta, root: Path, partial: Path, shards: list[Shard], shard_format: ShardFormat
 ) -> None:
-    """Give the shards' files their names in the dataset; a killed job finds them under the first."""
+    """Give the shards' files a second name in the dataset; a killed job needs the first."""
     for shard in shards:
         folder = partial / shard.folder_name
         names = {folder / "data.parquet": meta.data_path.format(**_file_index(shard))}
@@ -168,7 +173,7 @@ def compute_stats(
         columns: {name: [rows] or [rows, dim]}.
         histograms: {camera: int64 [3, 256]}, how often each channel has each value.
     """
-    images = int((columns[IMAGE_AGE] == 0).sum())
+    images = int((columns[FRAME_AGE] == 0).sum())
     stats = {name: column_stats(values) for name, values in columns.items()}
     for camera, counts in histograms.items():
         stats[IMAGE_PREFIX + camera] = image_stats(counts) | {"count": np.array([images])}

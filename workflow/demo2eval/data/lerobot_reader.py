@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from demo2eval.errors import UserError
 
 IMAGE_PREFIX = "observation.images."
-IMAGE_AGE = "image_age"
+FRAME_AGE = "frame_age"
+"""Steps since a row's image was rendered. LeRobot takes a name with "image" in it for images."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def read_info(root: Path) -> dict:
     info = json.loads(path.read_text(encoding="utf-8"))
     if info.get("codebase_version") != "v3.0":
         raise UserError(
-            f"{path} says format {info.get('codebase_version')!r}; convert the dataset to LeRobot v3.0."
+            f"{path} says format {info.get('codebase_version')!r}; convert the dataset to LeRobot "
+            "v3.0."
         )
     return info
 

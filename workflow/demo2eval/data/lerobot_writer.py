@@ -1,24 +1,25 @@
-"""Writes one shard of a LeRobot v3.0 dataset: rows as parquet, images as h264 videos or as PNG in the rows.
+"""Writes one shard of a LeRobot v3.0 dataset: rows as parquet, images as h264 videos or PNG.
 
-A shard is written by one process, straight from ManiSkill's HDF5 file, and its bytes depend on the demos
-alone: the encoder runs with one thread, since x264's output changes with their number. Everything but
-the images was validated before.
+A shard is written by one process, straight from ManiSkill's HDF5 file, and its bytes depend on the
+demos alone: the encoder runs with one thread, since x264's output changes with their number.
+Everything but the images was validated before.
 """
 
 import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from demo2eval.data.lerobot_reader import IMAGE_AGE, IMAGE_PREFIX
+from demo2eval.data.lerobot_reader import FRAME_AGE, IMAGE_PREFIX
 from demo2eval.data.trajectory import read_image_steps, state_path
 from demo2eval.data.validate import InvalidImages, Issue, find_image_issues, read_valid_images
 from demo2eval.errors import UserError
@@ -79,11 +80,11 @@ class ShardFormat:
 def write_shard(shard: Shard, shard_format: ShardFormat, partial: Path) -> list[Issue]:
     """Write a shard's files into `partial`/shard-NNN, which appears by a rename when all are there.
 
-    Files: data.parquet, histogram_<camera>.npy (int64 [demos, 3, 256]) and, for videos, <camera>.mp4 and
-    psnr.json (dB by camera).
+    Files: data.parquet, histogram_<camera>.npy (int64 [demos, 3, 256]) and, for videos,
+    <camera>.mp4 and psnr.json (dB by camera).
 
     Returns:
-        what is wrong with its images, which are decoded here and nowhere else; then nothing is left.
+        what is wrong with its images, which nobody has decoded before; then nothing is left.
     """
     folder = partial / f"{shard.folder_name}.{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -116,8 +117,8 @@ def _write_files(folder: Path, shard: Shard, shard_format: ShardFormat) -> None:
 
 def read_groups(
     shard: Shard, shard_format: ShardFormat
-) -> Iterator[tuple[int, object, np.ndarray, np.ndarray]]:
-    """Yield (number in the shard, HDF5 group, image of each row, its age in steps) of a shard's demos.
+) -> Generator[tuple[int, Any, np.ndarray, np.ndarray]]:
+    """Yield (number in the shard, HDF5 group, image of each row, its age in steps) per demo.
 
     Raises:
         UserError: if the file cannot be read.
@@ -183,7 +184,7 @@ def write_rows(path: Path, shard: Shard, shard_format: ShardFormat) -> dict[str,
             columns = {
                 "action": to_column(group["actions"][()]),
                 "observation.state": to_column(read_state(group, shard_format.state, length)),
-                IMAGE_AGE: pa.array(age),
+                FRAME_AGE: pa.array(age),
                 "timestamp": pa.array((frame / shard_format.fps).astype(np.float32)),
                 "frame_index": pa.array(frame),
                 "episode_index": pa.array(np.full(length, shard.first_episode + number)),
@@ -232,29 +233,29 @@ def write_video(path: Path, shard: Shard, camera: str, shard_format: ShardFormat
         "g": str(KEY_FRAME_INTERVAL),
         "bf": "0",
     }
-    histograms, row, stream = [], 0, None
+    histograms, row = [], 0
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        for _, group, index, age in read_groups(shard, shard_format):
+        stream = container.add_stream("libx264", rate=shard_format.fps, options=options)
+        stream.pix_fmt = "yuv444p"
+        stream.codec_context.thread_count = 1
+        for _, group, index, _ in read_groups(shard, shard_format):
             images = read_shown_images(group, camera, index)
             histograms.append(count_values(images))
-            if stream is None:
-                stream = container.add_stream("libx264", rate=shard_format.fps, options=options)
+            if row == 0:
                 stream.height, stream.width = images.shape[1:3]
-                stream.pix_fmt = "yuv444p"
-                stream.codec_context.thread_count = 1
-            for image, steps_old in zip(index, age, strict=True):
-                if steps_old == 0:
-                    frame = av.VideoFrame.from_ndarray(images[image], format="rgb24")
-                    frame = frame.reformat(format="yuv444p")
-                frame.pts = row
-                row += 1
-                container.mux(stream.encode(frame))
+            for image, repeats in zip(images, np.bincount(index), strict=True):
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame = frame.reformat(format="yuv444p")
+                for _ in range(repeats):
+                    frame.pts = row
+                    row += 1
+                    container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return np.stack(histograms)
 
 
 def measure_psnr(path: Path, shard: Shard, camera: str, shard_format: ShardFormat) -> float:
-    """Return the peak signal-to-noise ratio, dB, of the images of a shard's first demo in its video."""
+    """Return the peak signal-to-noise ratio, dB, of a shard's first demo in its video."""
     import av
 
     with closing(read_groups(shard, shard_format)) as groups:

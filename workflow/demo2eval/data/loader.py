@@ -1,8 +1,8 @@
 """Batches for training, from an image cache: a batch follows from the seed and the step alone.
 
-Samples are drawn without replacement: every epoch is a new permutation of all samples, and batches run
-across the border between epochs. Nothing is kept between calls, so a resumed training sees the very
-batches of an uninterrupted one.
+Samples are drawn without replacement: every epoch is a new permutation of all samples, and batches
+run across the border between epochs. Nothing is kept between calls, so a resumed training sees the
+very batches of an uninterrupted one.
 """
 
 import queue
@@ -26,7 +26,7 @@ END = object()
 
 
 def make_generator(seed: int, stream: int, number: int) -> np.random.Generator:
-    """Return the random numbers of an epoch's order or a step's noise, independent of all others."""
+    """Return the random numbers of an epoch's order or a step's noise."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, number])))
 
 
@@ -59,8 +59,8 @@ def count_training_samples(episode: np.ndarray, num_val_demos: int) -> int:
     num_samples = int(np.searchsorted(episode, episode[-1] + 1 - num_val_demos))
     if num_samples == 0:
         raise UserError(
-            f"training.num_val_demos is {num_val_demos}, and there are {int(episode[-1]) + 1} demos; "
-            "lower it."
+            f"training.num_val_demos is {num_val_demos}, and there are {int(episode[-1]) + 1} "
+            "demos; lower it."
         )
     return num_samples
 
@@ -90,8 +90,8 @@ class PromptTokenizer:
 class BatchLoader:
     """Training batches: images, normalized state and normalized action chunk of samples of a cache.
 
-    The transforms are openpi's, in its order: differences from the state, normalization, prompt, padding
-    to the model's dimensions.
+    The transforms are openpi's, in its order: differences from the state, normalization, prompt,
+    padding to the model's dimensions.
     """
 
     def __init__(
@@ -113,16 +113,16 @@ class BatchLoader:
 
         Args:
             cache: its folder.
-            norm_stats: {"state": ..., "actions": ...}; those of the actions [action dim] or [horizon,
-                action dim].
+            norm_stats: {"state": ..., "actions": ...}; those of the actions [action dim] or
+                [horizon, action dim].
             cameras: camera of the model -> camera of ManiSkill.
             image_size: side of the model's images.
             action_dim: the model's, of state and actions; shorter ones are padded with zeros.
             delta_action_mask: per action dimension, whether it is a difference from the state.
             use_quantiles: normalize by q01 and q99 rather than by mean and std.
-            state_noise: standard deviation, radians, of noise on the arm's joints, which must lead the
-                state. Differences are taken from the noisy joints, so that what the model is asked for
-                leads back to the demo.
+            state_noise: standard deviation, radians, of noise on the arm's joints, which must lead
+                the state. Differences are taken from the noisy joints, so that what the model is
+                asked for leads back to the demo.
             num_val_demos: the last so many demos are left out.
 
         Raises:
@@ -191,8 +191,8 @@ class BatchLoader:
         if (state[-1], actions[-1]) != (self._state.shape[1], self._action.shape[1]):
             raise UserError(
                 f"{cache} has {self._state.shape[1]} state and {self._action.shape[1]} action "
-                f"dimensions, the norm stats {state[-1]} and {actions[-1]}; take them from the same "
-                "dataset."
+                f"dimensions, the norm stats {state[-1]} and {actions[-1]}; take them from the "
+                "same dataset."
             )
         if len(actions) == 2 and actions[0] != self._horizon:
             raise UserError(
@@ -202,7 +202,8 @@ class BatchLoader:
         dim = max(state[-1], actions[-1])
         if dim > self._action_dim:
             raise UserError(
-                f"the model's action_dim is {self._action_dim}, less than the {dim} dimensions of {cache}."
+                f"the model's action_dim is {self._action_dim}, less than the {dim} dimensions "
+                f"of {cache}."
             )
 
     def load_batch(self, step: int, batch_size: int, seed: int) -> dict:
@@ -258,7 +259,7 @@ def _load(cache: Path, name: str, **options) -> np.ndarray:
 
 
 def prefetch(batches: Iterable[dict], depth: int) -> Iterator[dict]:
-    """Yield `batches`, made by a thread that is up to `depth` ahead; its exceptions are raised here."""
+    """Yield `batches`, made by a thread up to `depth` ahead; its exceptions are raised here."""
     waiting: queue.Queue = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 

@@ -1,14 +1,14 @@
 """Computes the norm stats of a dataset, in openpi's norm_stats.json, with exact quantiles.
 
 In:  the manifest of a LeRobot dataset.
-Out: norm_stats.json beside the manifest, and ranges.csv for people: smallest and largest value, mean,
-     standard deviation and quantiles of each dimension, in its own units, before noise and min_scale and
-     over all timesteps of the chunks.
+Out: norm_stats.json beside the manifest, and ranges.csv for people: smallest and largest value,
+     mean, standard deviation and quantiles of each dimension, in its own units, before noise and
+     min_scale and over all timesteps of the chunks.
 
-As in openpi, the state counts once per row, and the actions are those of the chunk at every row, after
-the differences from the state are taken, the last action repeated where the episode is over. Every row
-counts, also one whose image is repeated. Quantiles are those of all values, not of a histogram. No image
-is decoded.
+As in openpi, the state counts once per row, and the actions are those of the chunk at every row,
+after the differences from the state are taken, the last action repeated where the episode is over.
+Every row counts, also one whose image is repeated. Quantiles are those of all values, not of a
+histogram. No image is decoded.
 """
 
 import sys
@@ -80,14 +80,14 @@ def find_delta_mask(dataset: Path, actions: Actions) -> list[bool] | None:
     """Return for each action dimension whether it becomes a difference from the state; None: none.
 
     Raises:
-        UserError: if the dataset's actions are no joint targets, or its state does not begin with them.
+        UserError: if the actions are no joint targets, or the state does not begin with joints.
     """
     metadata = read_manifest(dataset)["metadata"]
     control_mode, state = metadata["control_mode"], metadata["state"]
     if actions.delta and not (control_mode == "pd_joint_pos" and state[0] == "qpos"):
         raise UserError(
-            f"actions.delta needs pd_joint_pos and a state that begins with qpos, but {dataset} has "
-            f"{control_mode} and {', '.join(state)}; set actions.delta to false."
+            f"actions.delta needs pd_joint_pos and a state that begins with qpos, but {dataset} "
+            f"has {control_mode} and {', '.join(state)}; set actions.delta to false."
         )
     return delta_action_mask(control_mode, actions.delta)
 
@@ -95,10 +95,10 @@ def find_delta_mask(dataset: Path, actions: Actions) -> list[bool] | None:
 def action_chunks(
     columns: dict[str, np.ndarray], horizon: int, mask: list[bool] | None
 ) -> np.ndarray:
-    """Return the action chunk at every row, before normalization, float32 [rows, horizon, action dim].
+    """Return the action chunk at every row, float32 [rows, horizon, dim], before normalization.
 
     Args:
-        columns: `observation.state` [rows, state dim], `action` [rows, action dim], `episode_index` [rows].
+        columns: `action` and `observation.state` [rows, dim], `episode_index` [rows].
         mask: per action dimension, whether it becomes a difference from the state.
     """
     # It imports JAX, for which --help need not wait.
@@ -135,16 +135,24 @@ def compute_stats(
     return stats
 
 
+def get_quantiles(stats: NormStats) -> tuple[np.ndarray, np.ndarray]:
+    """Return q01 and q99 of statistics that have them."""
+    assert stats.q01 is not None
+    assert stats.q99 is not None
+    return stats.q01, stats.q99
+
+
 def add_noise(stats: NormStats, noise: np.ndarray) -> NormStats:
     """Return the statistics of the values with normal noise added, as state noise does in training.
 
-    Variances add. So do the squares of the quantiles' distances, which is exact for normal values and
-    for constant ones.
+    Variances add. So do the squares of the quantiles' distances, which is exact for normal values
+    and for constant ones.
 
     Args:
         noise: [dim] standard deviation of the noise on each dimension.
     """
-    middle, half = (stats.q99 + stats.q01) / 2, (stats.q99 - stats.q01) / 2
+    low, high = get_quantiles(stats)
+    middle, half = (high + low) / 2, (high - low) / 2
     wider = np.hypot(half, NORMAL_Q99 * noise)
     return NormStats(
         mean=stats.mean, std=np.hypot(stats.std, noise), q01=middle - wider, q99=middle + wider
@@ -152,20 +160,21 @@ def add_noise(stats: NormStats, noise: np.ndarray) -> NormStats:
 
 
 def raise_scale(stats: NormStats, min_scale: float) -> NormStats:
-    """Return the statistics with std and (q99 - q01) / 2 raised to `min_scale`, about their middle."""
-    middle, half = (stats.q99 + stats.q01) / 2, (stats.q99 - stats.q01) / 2
-    narrow = half < min_scale
+    """Return the statistics with std and (q99 - q01) / 2 raised to at least `min_scale`."""
+    low, high = get_quantiles(stats)
+    middle, narrow = (high + low) / 2, (high - low) / 2 < min_scale
     return NormStats(
         mean=stats.mean,
         std=np.maximum(stats.std, min_scale),
-        q01=np.where(narrow, middle - min_scale, stats.q01),
-        q99=np.where(narrow, middle + min_scale, stats.q99),
+        q01=np.where(narrow, middle - min_scale, low),
+        q99=np.where(narrow, middle + min_scale, high),
     )
 
 
 def hardly_varying(stats: NormStats, names: list[str]) -> list[str]:
     """Return a sentence per dimension whose normalized values may be huge, or noise."""
-    spread = np.atleast_2d(stats.q99 - stats.q01).min(axis=0)
+    low, high = get_quantiles(stats)
+    spread = np.atleast_2d(high - low).min(axis=0)
     std = np.atleast_2d(stats.std).min(axis=0)
     return [
         f"{name}: std {std[index]:.2g}, q99 - q01 {spread[index]:.2g}"

@@ -1,10 +1,10 @@
 """Joint perturbation: the arm is moved off a demo before an image is rendered (DART).
 
-Demos show the hand only where it should be. A policy can learn to carry on from there without looking
-at the image; in an evaluation it drifts off and does not come back. Where actions are absolute joint
-targets, those of the demo lead back from anywhere near, and an image of the displaced arm shows what to
-do then. DART (Laskey et al., 2017) injects noise while demos are recorded; here it costs nothing, since
-recorded states are set and not simulated.
+Demos show the hand only where it should be. A policy can learn to carry on from there without
+looking at the image; in an evaluation it drifts off and does not come back. Where actions are
+absolute joint targets, those of the demo lead back from anywhere near, and an image of the
+displaced arm shows what to do then. DART (Laskey et al., 2017) injects noise while demos are
+recorded; here it costs nothing, since recorded states are set and not simulated.
 """
 
 import numpy as np
@@ -25,8 +25,8 @@ def gripper_phases(actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         actions: [T, A], the last dimension the gripper's command: below 0 closes.
 
     Returns:
-        float64 [T + 1] from 0 at a change of the command to 1 from `NEAR` steps on, and bool [T + 1]. A
-        gripper that is closed from the start, as in pushing, holds nothing.
+        float64 [T + 1] from 0 at a change of the command to 1 from `NEAR` steps on, and bool [T +
+        1]. A gripper that is closed from the start, as in pushing, holds nothing.
     """
     closed = actions[:, -1] < 0
     steps = np.arange(len(actions) + 1)

@@ -4,8 +4,8 @@ In:  a task and the shard's first seed.
 Out: trajectory.h5 and trajectory.json beside the manifest, in ManiSkill's own format: control mode
      pd_joint_pos, no observations, exactly `num_demos` demos, all successful.
 
-It runs in the planning environment (envs/planning), since mplib needs numpy 1. Seeds are tried upwards
-from the first; the manifest's metadata says which became demos, which failed and why.
+It runs in the planning environment (envs/planning), since mplib needs numpy 1. Seeds are tried
+upwards from the first; the manifest's metadata says which became demos, which failed and why.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def plan_demos(
 def _plan(
     folder: Path, task: str, robot: Robot, num_demos: int, first_seed: int
 ) -> tuple[list[int], dict[int, str]]:
-    """Write trajectory.{h5,json} into `folder`; return the demos' seeds and {seed: why it failed}."""
+    """Write trajectory.{h5,json} into `folder`; return the seeds, and {seed: why it failed}."""
     from tqdm import tqdm
 
     solve = find_planner(task)
@@ -99,8 +99,8 @@ def find_planner(task: str) -> Callable[..., Any]:
 
     if task not in MP_SOLUTIONS:
         raise UserError(
-            f"ManiSkill has no motion planner for {task!r}, only for {', '.join(MP_SOLUTIONS)}; set "
-            "demos.source to published, or to a trajectory file of your own."
+            f"ManiSkill has no motion planner for {task!r}, only for {', '.join(MP_SOLUTIONS)}; "
+            "set demos.source to published, or to a trajectory file of your own."
         )
     return MP_SOLUTIONS[task]
 

@@ -4,16 +4,17 @@ In:  the manifest of a shard of demos, with trajectory.h5 and trajectory.json be
 Out: the same two files with observations, in ManiSkill's layout (`demo2eval.data.trajectory`):
      obs/agent/qpos and obs/extra/<part> of every step, and the images of the rendered steps.
 
-Where the control mode stays the same, the recorded states are set one by one and rendered: no physics,
-and the actions are those of the demo bit for bit. Otherwise ManiSkill's own conversion makes new
-actions and states first; a demo that does not succeed any more is left out and named in the manifest.
+Where the control mode stays the same, the recorded states are set one by one and rendered: no
+physics, and the actions are those of the demo bit for bit. Otherwise ManiSkill's own conversion
+makes new actions and states first; a demo that does not succeed any more is left out and named in
+the manifest.
 
-A demo of this control mode that brings observations as ManiSkill records them with obs_mode rgb, with
-images of all these cameras in this size, is not rendered: its observations are taken as they are, and
-the manifest counts it as `already_rendered`.
+A demo of this control mode that brings observations as ManiSkill records them with obs_mode rgb,
+with images of all these cameras in this size, is not rendered: its observations are taken as they
+are, and the manifest counts it as `already_rendered`.
 
-With `joint_perturbation` every image is of a displaced arm (`demo2eval.data.perturb`), and so are the
-observed vectors of that step. Actions and env_states are the demo's.
+With `joint_perturbation` every image is of a displaced arm (`demo2eval.data.perturb`), and so are
+the observed vectors of that step. Actions and env_states are the demo's.
 """
 
 import json
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,8 +65,8 @@ def replay_demos(
         replay: control mode and images.
 
     Raises:
-        UserError: if the shard cannot be read, is of another control mode that cannot be converted, or
-            was recorded with another version of the task.
+        UserError: if the shard cannot be read, is of another control mode that cannot be converted,
+            or was recorded with another version of the task.
     """
     settings = {"task": task, "robot": robot, "object": object, "replay": replay}
     with run_stage(
@@ -86,18 +88,19 @@ class ShardReplay:
     def __init__(self, path: Path, task: str, robot: Robot, object_name: str, settings: Replay):
         """Read the file; see `replay_demos` for the arguments and errors."""
         self._file = read_trajectory_file(path)
-        self._task, self._robot, self._object_name = task, robot, object_name
+        self._task, self._object_name = task, object_name
+        self._robot: Robot = robot
         self._settings = settings
         self._cameras = sorted(set(settings.cameras.values()))
         self._recorded_mode = self._find_control_mode()
-        self._envs = {}
+        self._envs: dict[str, Any] = {}
 
     def _find_control_mode(self) -> str:
         path, target = self._file.path, self._settings.control_mode
         modes = sorted({demo.control_mode for demo in self._file.demos})
         if len(modes) != 1:
             raise UserError(
-                f"{path} mixes the control modes {', '.join(modes)}; split it into one file for each."
+                f"{path} mixes the control modes {', '.join(modes)}; split it into a file for each."
             )
         if modes[0] not in (target, "pd_joint_pos"):
             raise UserError(
@@ -147,8 +150,8 @@ class ShardReplay:
                 episodes.append(describe_episode(len(episodes), demo))
         if already_rendered:
             print(
-                f"{self._file.path}: {already_rendered} of {len(episodes)} demos bring their images, "
-                "which are taken as they are.",
+                f"{self._file.path}: {already_rendered} of {len(episodes)} demos bring their "
+                "images, which are taken as they are.",
                 file=sys.stderr,
             )
         self._write_metadata(folder / "trajectory.json", episodes)
@@ -176,8 +179,8 @@ class ShardReplay:
             return read_observations(group, self._cameras, self._settings.image_size, steps)
         except OSError as error:
             raise UserError(
-                f"{self._file.path} {group.name.strip('/')}: its observations are damaged ({error}); "
-                "copy or record the file again."
+                f"{self._file.path} {group.name.strip('/')}: its observations are damaged "
+                f"({error}); copy or record the file again."
             ) from error
 
     def _observe(self, demo: Demo, steps: np.ndarray) -> Observations:
@@ -186,7 +189,7 @@ class ShardReplay:
         return observe_demo(env, demo, steps, std, self._object_name)
 
     def _write_metadata(self, path: Path, episodes: list[dict]) -> None:
-        content = self._file.metadata | {"episodes": episodes}
+        content: dict[str, Any] = self._file.metadata | {"episodes": episodes}
         kwargs = content["env_info"].get("env_kwargs") or {}
         changed = {"obs_mode": "rgb", "control_mode": self._settings.control_mode}
         content["env_info"]["env_kwargs"] = kwargs | changed
@@ -196,8 +199,8 @@ class ShardReplay:
 def rendered_steps(length: int, image_stride: int, index: int) -> np.ndarray:
     """Return the steps of a demo at which it is rendered, int64 [N].
 
-    Step 0 is always among them. The others are `image_stride` apart from a first one that differs from
-    one demo to the next, so that a dataset of few images still shows every phase of the task.
+    Step 0 is always among them. The others are `image_stride` apart from a first one that differs
+    from one demo to the next, so that a dataset of few images still shows every phase of the task.
 
     Args:
         length: number of actions.
@@ -220,7 +223,7 @@ def flatten_state(state: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarr
 
 
 def nest_state(states: dict[str, np.ndarray], step: int) -> dict:
-    """Return the state dictionary of one step, [1, dim] each, from {"actors/cube": [T + 1, dim]}."""
+    """Return a step's state dictionary, [1, dim] each, from {"actors/cube": [T + 1, dim]}."""
     nested: dict = {}
     for name, values in states.items():
         group, key = name.split("/")
@@ -230,19 +233,19 @@ def nest_state(states: dict[str, np.ndarray], step: int) -> dict:
 
 def reset_to_start(env, demo: Demo) -> None:
     """Bring an env into the first state of a demo, as an episode of evaluation begins."""
-    # A scene that was used before keeps contacts in its solver: the same actions then end elsewhere.
+    # A used scene keeps contacts in its solver: the same actions then end elsewhere.
     env.reset(seed=demo.seed, options={"reconfigure": True})
     state = dict(flatten_state(env.unwrapped.get_state_dict()))
-    # Setting a state rounds it, which contacts turn into millimeters. Mostly the seed alone gives the
-    # recorded state; on another processor it may differ in its last bits.
+    # Setting a state rounds it, which contacts turn into millimeters. Mostly the seed alone gives
+    # the recorded state; on another processor it may differ in its last bits.
     if any((state[name] != values[0]).any() for name, values in demo.states.items()):
         env.unwrapped.set_state_dict(nest_state(demo.states, 0))
 
 
 def check_env_states(env, demo: Demo, path: Path) -> None:
-    """Raise a UserError if the recorded states are not those of the things that the env consists of.
+    """Raise a UserError if the things that were recorded are not those in the env.
 
-    A thing that was not recorded would silently stay where the seed put it.
+    One that was not recorded would silently stay where the seed put it.
     """
     state = flatten_state(env.unwrapped.get_state_dict())
     simulated = {name: len(values) for name, values in state}
@@ -250,9 +253,9 @@ def check_env_states(env, demo: Demo, path: Path) -> None:
     if recorded != simulated:
         name = min(simulated.items() ^ recorded.items())[0]
         raise UserError(
-            f"{path} {demo.name}: env_states/{name} has {recorded.get(name, 0)} numbers per step, but "
-            f"{simulated.get(name, 0)} in the simulator; record the demos again with mani_skill "
-            f"{metadata.version('mani_skill')}."
+            f"{path} {demo.name}: env_states/{name} has {recorded.get(name, 0)} numbers per step, "
+            f"but {simulated.get(name, 0)} in the simulator; record the demos again with "
+            f"mani_skill {metadata.version('mani_skill')}."
         )
 
 
@@ -288,7 +291,7 @@ def convert_demo(demo: Demo, source, target) -> Demo | None:
 
     for env in (source, target):
         reset_to_start(env, demo)
-    recorder = ActionRecorder(target)
+    recorder: Any = ActionRecorder(target)
     control_mode = target.unwrapped.control_mode
     conversion.from_pd_joint_pos(control_mode, demo.actions, source, recorder)
     if not recorder.success[-1]:

@@ -90,7 +90,7 @@ def read_trajectory_file(path: Path) -> TrajectoryFile:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the .json beside an .h5; raises one of `UNREADABLE` if it is missing or no such file."""
+    """Return the .json beside an .h5; raises one of `UNREADABLE` if it is none."""
     metadata = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     kwargs = metadata["env_info"].get("env_kwargs") or {}
     if not (
@@ -143,7 +143,7 @@ def state_path(part: str) -> str:
 
 def list_cameras(group) -> list[str]:
     """Return the cameras whose images the group of a trajectory has, sorted."""
-    sensors = group[SENSORS] if SENSORS in group else {}
+    sensors = group.get(SENSORS, {})
     return [camera for camera in sorted(sensors) if "rgb" in sensors[camera]]
 
 

@@ -1,4 +1,4 @@
-"""Validates trajectory files: where demonstrations enter, and where the dataset is made from replays.
+"""Validates trajectory files, where demonstrations enter and where the dataset is made.
 
 In:  trajectory files (.h5 with the .json beside it), or manifests of demos, replays or datasets.
 Out: a line per issue; exit status 1 if there is any. Nothing is written.
@@ -6,12 +6,12 @@ Out: a line per issue; exit status 1 if there is any. Nothing is written.
 What is looked for:
 - a file that is missing, cut off, damaged, changed since its manifest, of another task or robot
 - a trajectory that the .json does not list, lists twice, or that only the .json has
-- actions: type, dim, too few, NaN, zeroed blocks, joint targets out of the limits, others out of [-1, 1]
+- actions: type, dim, too few, NaN, zeroed blocks, out of the joint limits or of [-1, 1]
 - states and observations: type, number of steps, NaN, zeroed blocks, a missing part of the state
 - success: missing flags, a demonstration that fails
 - a demonstration that is repeated, also in another file
 - images: missing, of another type, number or steps than they should be, black, or all the same
-- replays that do not go into one dataset: of another task, control mode, camera, image size or state
+- replays that do not go into one dataset: other task, control mode, cameras, image size, state
 """
 
 import argparse
@@ -19,6 +19,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -210,15 +211,15 @@ def validate_metadata(
     recorded_task = metadata["env_info"]["env_id"]
     if task is not None and recorded_task != task:
         reason = (
-            f"has demonstrations of {recorded_task}, not of {task}; set the run's task, or take the "
-            "file out"
+            f"has demonstrations of {recorded_task}, not of {task}; set the run's task, or take "
+            "the file out"
         )
         issues.append(Issue(path, "", reason))
     recorded_robot = (metadata["env_info"].get("env_kwargs") or {}).get("robot_uids", robot)
     if robot is not None and recorded_robot not in (robot, [robot]):
         reason = (
-            f"says that the robot is {recorded_robot}, but {recorded_task} is evaluated with {robot}, "
-            f"which starts in another pose; record it with robot_uids={robot!r}"
+            f"says that the robot is {recorded_robot}, but {recorded_task} is evaluated with "
+            f"{robot}, which starts in another pose; record it with robot_uids={robot!r}"
         )
         issues.append(Issue(beside, "", reason))
     return metadata, issues
@@ -257,7 +258,7 @@ def find_issues(
     """Yield what is wrong with the trajectory of an entry of the .json; see `validate_files`."""
     name = trajectory_name(entry)
     try:
-        read_seed(entry), entry["control_mode"]
+        _, control_mode = read_seed(entry), entry["control_mode"]
     except UNREADABLE as error:
         yield f"its entry in the .json is incomplete ({error!r})"
         return
@@ -270,7 +271,7 @@ def find_issues(
         yield f"has no {', '.join(missing)}"
         return
     actions = group["actions"][()]
-    yield from _action_issues(actions, entry["control_mode"])
+    yield from _action_issues(actions, control_mode)
     if actions.ndim == 2:
         yield from _env_state_issues(dict(read_arrays(group["env_states"])), len(actions), robot)
         yield from _success_issues(group["success"][()], entry, len(actions))
@@ -304,7 +305,7 @@ def _action_issues(actions: np.ndarray, control_mode: str) -> Iterator[str]:
 
 
 def _joint_target_issues(actions: np.ndarray) -> Iterator[str]:
-    """Yield what is wrong with finite actions [T, 8]: targets of the joints, radians, and gripper."""
+    """Yield what is wrong with finite targets [T, 8] of the joints, radians, and the gripper."""
     if not actions.any(axis=1).all():
         step = int(np.argmin(actions.any(axis=1)))
         yield f"its actions are all zero at step {step}: a block of the file was lost"
@@ -339,8 +340,8 @@ def _env_state_issues(
             yield f"env_states/{key} is {kind}, not floating point [T + 1, n]"
         elif len(values) != length + 1:
             yield (
-                f"env_states/{key} has {len(values)} steps for {length} actions; it should have one "
-                "more than actions"
+                f"env_states/{key} has {len(values)} steps for {length} actions; it should have "
+                "one more than actions"
             )
         elif (step := _first_not_finite(values)) is not None:
             yield f"env_states/{key} is not finite at step {step}"
@@ -349,9 +350,7 @@ def _env_state_issues(
             lost = np.abs(np.linalg.norm(values[:, 3:7], axis=1) - 1) > TOLERANCE
             if lost.any():
                 step = int(np.argmax(lost))
-                yield (
-                    f"env_states/{key} holds no rotation at step {step}: a block of the file was lost"
-                )
+                yield f"env_states/{key} holds no rotation at step {step}: a block was lost"
 
 
 def _success_issues(success: np.ndarray, entry: dict, length: int) -> Iterator[str]:
@@ -449,7 +448,7 @@ def find_image_issue(images: np.ndarray) -> str | None:
     if black or len(plain) > len(pixels) / 2:
         empty = black or plain
         color = pixels[empty[0], 0].tolist()
-        return f"{len(empty)} of {len(pixels)} show nothing: number {empty[0]} has the one color {color}"
+        return f"{len(empty)} of {len(pixels)} show nothing: number {empty[0]} is all {color}"
     if len(pixels) > 1 and all(np.array_equal(image, pixels[0]) for image in pixels[1:]):
         return f"all {len(pixels)} are the same"
     return None
@@ -524,7 +523,7 @@ def _describe_kind(file: ValidatedFile, demo: Demo, group, state: Sequence[str])
 
 
 def list_trajectory_files(path: Path) -> tuple[list[Path], list[Issue]]:
-    """Return the .h5 files that a path stands for, and what was changed since a manifest was written.
+    """Return the .h5 files that a path stands for, and what was changed since its manifest.
 
     Raises:
         UserError: if it is the manifest of something that has no trajectories.
@@ -533,14 +532,15 @@ def list_trajectory_files(path: Path) -> tuple[list[Path], list[Issue]]:
         return [path], []
     manifest = read_manifest(path)
     if "replays" in manifest["inputs"]:
-        lists = [
+        found = [
             list_trajectory_files(Path(item["path"])) for item in manifest["inputs"]["replays"]
         ]
-        return sum((files for files, _ in lists), []), sum((issues for _, issues in lists), [])
+        files, issues = zip(*found, strict=True)
+        return list(chain(*files)), list(chain(*issues))
     if "trajectory.h5" not in manifest["outputs"]:
         raise UserError(
-            f"{path} is the manifest of {manifest['stage']}, which has no trajectories; give one of "
-            "demos, replays or a dataset."
+            f"{path} is the manifest of {manifest['stage']}, which has no trajectories; give one "
+            "of demos, replays or a dataset."
         )
     reason = f"was changed or damaged since {path.name} beside it was written; make it again"
     issues = [
