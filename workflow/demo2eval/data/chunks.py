@@ -1,9 +1,9 @@
-"""Action chunks: for each row of a dataset the rows of the actions from there on, held at the episode's end."""
+"""Action chunks: for each row of a dataset the rows of the actions from there on, held at the end.
+
+LeRobot's `delta_timestamps`, through which openpi reads its chunks, does the same.
+"""
 
 import numpy as np
-
-# Those that lead the state and that noise is put on; the fingers move in meters, not radians.
-ARM_JOINTS = 7
 
 
 def last_rows(episode: np.ndarray) -> np.ndarray:
@@ -18,12 +18,10 @@ def last_rows(episode: np.ndarray) -> np.ndarray:
 
 
 def chunk_rows(rows: np.ndarray, last: np.ndarray, horizon: int) -> np.ndarray:
-    """Return [n, horizon] rows: each row and those after it, the episode's last one repeated where the episode is over.
-
-    So do LeRobot's `delta_timestamps`, through which openpi reads its chunks.
+    """Return each row and those after it, the episode's last one repeated at the end, [n, horizon].
 
     Args:
         rows: [n] first row of each chunk.
-        last: [all rows] what `last_rows` gives.
+        last: [all rows] what `last_rows` returns.
     """
     return np.minimum(rows[:, None] + np.arange(horizon), last[rows][:, None])

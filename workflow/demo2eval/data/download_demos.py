@@ -1,7 +1,8 @@
-"""Takes demonstrations that ManiSkill has published for a task.
+"""Downloads the demos that ManiSkill has published for a task.
 
 In:  nothing but the task; ManiSkill's archive is downloaded from where its own downloader has it.
-Out: trajectory.h5 and trajectory.json beside the manifest, with the first `count` demonstrations of the motion planner.
+Out: trajectory.h5 and trajectory.json beside the manifest, with the first `num_demos` demos of the
+     motion planner.
 """
 
 import urllib.error
@@ -9,31 +10,62 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from demo2eval.cli import run, settings_from, stage_parser
-from demo2eval.data.import_demos import Settings, copy_demonstrations
+from demo2eval.cli import run
+from demo2eval.config import OnInvalid
+from demo2eval.data.import_demos import publish_demos
 from demo2eval.errors import UserError
-from demo2eval.maniskill.tasks import find_task
+from demo2eval.maniskill.robots import Robot
 from demo2eval.provenance import run_stage
 
+BLOCK = 1 << 20
 
-def archive_address(task: str) -> str:
-    """Return the address of ManiSkill's archive of a task.
+
+def download_demos(
+    output: Path,
+    *,
+    task: str,
+    robot: Robot,
+    num_demos: int,
+    on_invalid: OnInvalid = "error",
+) -> None:
+    """Download the demos that ManiSkill has published, validate and import them.
+
+    Args:
+        output: manifest to write, .../shard-000/manifest.json.
+        task: ManiSkill's environment id, such as PushCube-v1.
+        robot: ManiSkill's robot.
+        num_demos: demos to import.
+        on_invalid: error: stop if a demo is invalid. skip: leave it out and name it in the
+            manifest.
+
+    Raises:
+        UserError: if there are none for the task, or the download fails; or lists what is invalid.
+    """
+    settings = {"task": task, "robot": robot, "num_demos": num_demos, "on_invalid": on_invalid}
+    with run_stage(output, stage="download_demos", module=__spec__.name, settings=settings) as job:
+        if job.reused:
+            return
+        url = find_archive(task)
+        download(url, job.partial / "archive.zip")
+        path = unpack(job.partial / "archive.zip", job.partial / "unpacked")
+        publish_demos(job, path, url, **settings)
+
+
+def find_archive(task: str) -> str:
+    """Return the URL of ManiSkill's archive of a task.
 
     Raises:
         UserError: if ManiSkill has published none.
     """
     from mani_skill.utils.download_demo import DATASET_SOURCES
 
-    find_task(task)
     if task not in DATASET_SOURCES:
-        raise UserError(
-            f"ManiSkill has published no demonstrations of {task}; set demos.source to plan."
-        )
+        raise UserError(f"ManiSkill has published no demos of {task}; set demos.source to plan.")
     return DATASET_SOURCES[task].raw_dataset_url
 
 
-def download(address: str, file: Path) -> None:
-    """Download `address` to `file`, with a progress bar.
+def download(url: str, file: Path) -> None:
+    """Download `url` to `file`, with a progress bar.
 
     Raises:
         UserError: if the network or the server fails.
@@ -41,17 +73,15 @@ def download(address: str, file: Path) -> None:
     from tqdm import tqdm
 
     try:
-        with urllib.request.urlopen(address, timeout=60) as response, open(file, "wb") as archive:
+        with urllib.request.urlopen(url, timeout=60) as response, open(file, "wb") as archive:
             total = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(
-                total=total, unit="B", unit_scale=True, mininterval=2, desc="downloading"
-            ) as bar:
-                while block := response.read(1 << 20):
+            with tqdm(total=total, unit="B", unit_scale=True, desc="downloading") as bar:
+                while block := response.read(BLOCK):
                     archive.write(block)
                     bar.update(len(block))
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise UserError(
-            f"{address} cannot be downloaded ({error}); check the network, or set demos.source to plan."
+            f"{url} cannot be downloaded ({error}); check the network, or set demos.source to plan."
         ) from error
 
 
@@ -63,52 +93,22 @@ def unpack(archive: Path, folder: Path) -> Path:
     """
     try:
         with zipfile.ZipFile(archive) as content:
-            names = [
-                name
-                for name in content.namelist()
-                if "motionplanning/" in name and name.endswith((".h5", ".json"))
+            names = sorted(name for name in content.namelist() if "motionplanning/" in name)
+            pairs = [
+                (name, f"{name[:-3]}.json")
+                for name in names
+                if name.endswith(".h5") and f"{name[:-3]}.json" in names
             ]
-            trajectories = sorted(
-                name for name in names if name.endswith(".h5") and name[:-3] + ".json" in names
-            )
-            if not trajectories:
+            if not pairs:
                 raise UserError(
                     f"{archive} holds no trajectory of the motion planner; download it again."
                 )
-            for name in (trajectories[0], trajectories[0][:-3] + ".json"):
+            for name in pairs[0]:
                 content.extract(name, folder)
     except zipfile.BadZipFile:
         raise UserError(f"{archive} is damaged; run the rule again.") from None
-    return folder / trajectories[0]
-
-
-def download_demos(settings: Settings, output: Path) -> None:
-    """Download, check and take demonstrations, and write the manifest `output`."""
-    with run_stage(output, stage="download_demos", module=__spec__.name, settings=settings) as job:
-        if job.reused:
-            return
-        address = archive_address(settings.task)
-        download(address, job.partial / "archive.zip")
-        source = unpack(job.partial / "archive.zip", job.partial / "unpacked")
-        facts = copy_demonstrations(source, settings, job.partial)
-        for name in ("trajectory.h5", "trajectory.json"):
-            (job.partial / name).replace(job.folder / name)
-        job.finish(
-            [job.folder / "trajectory.h5", job.folder / "trajectory.json"],
-            source=address,
-            **facts,
-        )
-
-
-def main() -> None:
-    """Run the stage from the command line."""
-    parser = stage_parser(__doc__, Settings)
-    parser.add_argument(
-        "--output", type=Path, required=True, help="manifest to write, .../shard-000/manifest.json"
-    )
-    arguments = parser.parse_args()
-    download_demos(settings_from(arguments, Settings), arguments.output)
+    return folder / pairs[0][0]
 
 
 if __name__ == "__main__":
-    run(main)
+    run(download_demos)

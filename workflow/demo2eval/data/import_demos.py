@@ -1,87 +1,92 @@
-"""Takes demonstrations from a trajectory file of the user's.
+"""Imports demos from a trajectory file of the user's.
 
-In:  a ManiSkill trajectory file, .h5 with its .json beside it, of any of the six tasks.
-Out: trajectory.h5 and trajectory.json beside the manifest, with the first `count` demonstrations, or all if there are fewer.
+In:  a ManiSkill trajectory file, .h5 with its .json beside it.
+Out: trajectory.h5 and trajectory.json beside the manifest, with the first `num_demos` demos, or all
+     if there are fewer.
 
-Every trajectory is read and checked. If anything is wrong nothing is written, or bad demonstrations are left out (`on_invalid`).
+Every trajectory is validated first (`demo2eval.data.validate`).
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-from demo2eval.cli import option, run, settings_from, stage_parser
-from demo2eval.data.trajectory import sound_demonstrations
-from demo2eval.provenance import run_stage, write_atomic
+from demo2eval.cli import run
+from demo2eval.config import OnInvalid
+from demo2eval.data.validate import apply_on_invalid, validate_files
+from demo2eval.maniskill.robots import Robot
+from demo2eval.provenance import StageJob, run_stage, write_atomic
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Which demonstrations to take."""
+def import_demos(
+    source: Path,
+    output: Path,
+    *,
+    task: str,
+    robot: Robot,
+    num_demos: int,
+    on_invalid: OnInvalid = "error",
+) -> None:
+    """Import demos from a trajectory file.
 
-    task: str = option("ManiSkill task of the demonstrations, such as PushCube-v1")
-    count: int = option("demonstrations to take")
-    on_invalid: str = option("refuse the file if a demonstration is bad, or skip it", "error")
-
-
-def copy_demonstrations(source: Path, settings: Settings, folder: Path) -> dict:
-    """Check `source` and copy its first demonstrations into `folder`; return their seeds and what was left out.
+    Args:
+        source: trajectory file, .h5.
+        output: manifest to write, .../shard-000/manifest.json.
+        task: ManiSkill's environment id, such as PushCube-v1.
+        robot: ManiSkill's robot.
+        num_demos: demos to import.
+        on_invalid: error: stop if a demo is invalid. skip: leave it out and name it in the
+            manifest.
 
     Raises:
         UserError: lists everything that is wrong with the file.
     """
-    import h5py
-
-    from demo2eval.data.hdf5 import NewFile
-
-    demonstrations, description, skipped = sound_demonstrations(
-        source, settings.task, settings.on_invalid
-    )
-    episodes = description["episodes"][: settings.count]
-    with h5py.File(source, "r") as content, NewFile(folder / "trajectory.h5") as file:
-        for episode in episodes:
-            content.copy(f"traj_{episode['episode_id']}", file)
-    write_atomic(
-        folder / "trajectory.json", json.dumps(description | {"episodes": episodes}, indent=1)
-    )
-    kept = demonstrations[: settings.count]
-    seeds = [demonstration.seed for demonstration in kept]
-    return {
-        "demonstrations": len(kept),
-        "found": len(demonstrations),
-        "seeds": seeds,
-        "skipped": skipped,
-    }
-
-
-def import_demos(settings: Settings, source: Path, output: Path) -> None:
-    """Import demonstrations from the file `source` and write the manifest `output`."""
-    inputs = {"trajectories": source, "description": source.with_suffix(".json")}
+    settings = {"task": task, "robot": robot, "num_demos": num_demos, "on_invalid": on_invalid}
+    inputs = {"trajectories": source, "metadata": source.with_suffix(".json")}
     with run_stage(
         output, stage="import_demos", module=__spec__.name, settings=settings, inputs=inputs
     ) as job:
-        if job.reused:
-            return
-        facts = copy_demonstrations(source, settings, job.partial)
-        for name in ("trajectory.h5", "trajectory.json"):
-            (job.partial / name).replace(job.folder / name)
-        job.finish(
-            [job.folder / "trajectory.h5", job.folder / "trajectory.json"],
-            source=str(source),
-            **facts,
-        )
+        if not job.reused:
+            publish_demos(job, source, str(source), **settings)
 
 
-def main() -> None:
-    """Run the stage from the command line."""
-    parser = stage_parser(__doc__, Settings)
-    parser.add_argument("--input", type=Path, required=True, help="trajectory file, .h5")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="manifest to write, .../shard-000/manifest.json"
+def publish_demos(
+    job: StageJob,
+    path: Path,
+    source: str,
+    *,
+    task: str,
+    robot: Robot,
+    num_demos: int,
+    on_invalid: OnInvalid,
+) -> None:
+    """Validate a trajectory file, copy its first demos beside the manifest, and finish the job.
+
+    Args:
+        source: where the file is from, for the manifest.
+    """
+    import h5py
+
+    (file,) = files = validate_files([path], task=task, robot=robot)
+    skipped = apply_on_invalid(files, on_invalid)
+    outputs = [job.folder / name for name in ("trajectory.h5", "trajectory.json")]
+    trajectories, metadata = (job.partial / output.name for output in outputs)
+    episodes = file.episodes[:num_demos]
+    with h5py.File(path, "r") as content, h5py.File(trajectories, "w") as copy:
+        for demo in file.demos[:num_demos]:
+            content.copy(demo.name, copy)
+    write_atomic(metadata, json.dumps(file.metadata | {"episodes": episodes}, indent=1))
+    for output in outputs:
+        (job.partial / output.name).replace(output)
+    seeds = [demo.seed for demo in file.demos[:num_demos]]
+    job.finish(
+        outputs,
+        source=source,
+        demos=len(seeds),
+        found=len(file.demos),
+        seeds=seeds,
+        skipped=skipped,
     )
-    arguments = parser.parse_args()
-    import_demos(settings_from(arguments, Settings), arguments.input, arguments.output)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(import_demos)

@@ -1,4 +1,7 @@
-"""Reading a LeRobot v3.0 dataset's columns and the places of its videos, without decoding an image or importing torch."""
+"""Reads a LeRobot v3.0 dataset: its columns and where its images lie, without decoding one.
+
+No torch is imported; LeRobot's own reader decodes and is made for samples, not for columns.
+"""
 
 import json
 from dataclasses import dataclass
@@ -11,20 +14,21 @@ import pyarrow.parquet as pq
 from demo2eval.errors import UserError
 
 IMAGE_PREFIX = "observation.images."
-PICTURE_AGE = "picture_age"
+FRAME_AGE = "frame_age"
+"""Steps since a row's image was rendered. LeRobot takes a name with "image" in it for images."""
 
 
 @dataclass(frozen=True)
-class VideoRows:
-    """The rows of a dataset whose pictures lie one after the other in one file.
+class ImageFile:
+    """A file with images of one camera.
 
     Attributes:
-        file: the mp4 file, or the parquet file that holds PNG images.
-        rows: [n] rows of the dataset.
+        path: the mp4 file, or the parquet file that holds PNG images.
+        rows: [n] rows of the dataset whose images it holds, one after the other.
         frames: [n] the frame of the video, or the row of the parquet file, for each.
     """
 
-    file: Path
+    path: Path
     rows: np.ndarray
     frames: np.ndarray
 
@@ -46,52 +50,37 @@ def read_info(root: Path) -> dict:
     info = json.loads(path.read_text(encoding="utf-8"))
     if info.get("codebase_version") != "v3.0":
         raise UserError(
-            f"{path} says format {info.get('codebase_version')!r}; convert the dataset to LeRobot v3.0."
+            f"{path} says format {info.get('codebase_version')!r}; convert the dataset to LeRobot "
+            "v3.0."
         )
     return info
 
 
 def image_keys(info: dict) -> list[str]:
-    """Return the names of the columns that hold pictures, such as observation.images.base_camera."""
+    """Return the columns that hold images, such as observation.images.base_camera."""
     return [
         name for name, feature in info["features"].items() if feature["dtype"] in ("image", "video")
     ]
 
 
-def dimension_names(info: dict, column: str) -> list[str]:
-    """Return a name for each dimension of a vector column."""
-    feature = info["features"][column]
-    return list(feature["names"] or [f"{column}[{index}]" for index in range(feature["shape"][0])])
-
-
-def data_files(root: Path) -> list[Path]:
-    """Return the parquet files of the rows, in the order of their rows."""
-    files = sorted((root / "data").glob("chunk-*/file-*.parquet"))
-    if not files:
-        raise UserError(f"{root / 'data'} holds no parquet file; make the dataset again.")
-    return files
-
-
-def to_array(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column as [rows] or, for a vector column, [rows, dimensions]."""
-    array = column.combine_chunks()
-    if pa.types.is_fixed_size_list(array.type):
-        return (
-            array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
-        )
-    if pa.types.is_list(array.type):
-        return np.stack(array.to_numpy(zero_copy_only=False))
-    return array.to_numpy(zero_copy_only=False)
-
-
 def read_columns(root: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Read columns of all rows, in order.
+
+    Returns:
+        {name: [rows] or, of a vector column, [rows, dim]}.
 
     Raises:
         UserError: if a file cannot be read or lacks a column.
     """
+    files = sorted((root / "data").glob("chunk-*/file-*.parquet"))
+    return _read_files(files, names, root / "data")
+
+
+def _read_files(files: list[Path], names: list[str], folder: Path) -> dict[str, np.ndarray]:
+    if not files:
+        raise UserError(f"{folder} holds no parquet file; make the dataset again.")
     tables = []
-    for file in data_files(root):
+    for file in files:
         try:
             tables.append(pq.read_table(file, columns=names))
         except (pa.ArrowInvalid, OSError) as error:
@@ -104,67 +93,50 @@ def read_columns(root: Path, names: list[str]) -> dict[str, np.ndarray]:
     return {name: to_array(table.column(name)) for name in names}
 
 
-def check_finite(columns: dict[str, np.ndarray], episode: np.ndarray, where: str) -> None:
-    """Raise a UserError that names the episode and the column of the first NaN or infinity.
-
-    Args:
-        columns: name -> [rows, dimensions].
-        episode: [rows].
-        where: the file or folder that the columns were read from, for the message.
-    """
-    for name, values in columns.items():
-        bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
-        if bad.any():
-            first = int(np.argmax(bad))
-            step = first - int(np.searchsorted(episode, episode[first]))
-            raise UserError(
-                f"{where}: column {name!r} of episode {episode[first]} holds NaN or infinity at step {step}; "
-                f"leave that demonstration out and make the dataset again."
-            )
+def to_array(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column as [rows] or, of a vector column, [rows, dim]."""
+    array = column.combine_chunks()
+    if pa.types.is_fixed_size_list(array.type):
+        values = array.flatten().to_numpy(zero_copy_only=False)
+        return values.reshape(len(array), array.type.list_size)
+    if pa.types.is_list(array.type):
+        return np.stack(array.to_numpy(zero_copy_only=False))
+    return array.to_numpy(zero_copy_only=False)
 
 
-def episode_table(root: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Return columns of meta/episodes, one row an episode, in order."""
-    files = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
-    if not files:
-        raise UserError(f"{root / 'meta/episodes'} holds no parquet file; make the dataset again.")
-    table = pa.concat_tables([pq.read_table(file, columns=names) for file in files])
-    return {name: to_array(table.column(name)) for name in names}
+def find_image_files(root: Path, info: dict, key: str) -> list[ImageFile]:
+    """Return the files that hold the images of column `key`, in the order of the rows."""
+    video = info["features"][key]["dtype"] == "video"
+    prefix = f"videos/{key}/" if video else "data/"
+    columns = {
+        "chunk_index": f"{prefix}chunk_index",
+        "file_index": f"{prefix}file_index",
+        "first_row": "dataset_from_index",
+        "end_row": "dataset_to_index",
+    }
+    if video:
+        columns["start"] = f"{prefix}from_timestamp"
+    folder = root / "meta" / "episodes"
+    files = sorted(folder.glob("chunk-*/file-*.parquet"))
+    episodes = _read_files(files, list(columns.values()), folder)
+    episodes = {name: episodes[column] for name, column in columns.items()}
 
-
-def video_rows(root: Path, info: dict, key: str) -> list[VideoRows]:
-    """Return where the pictures of column `key` lie, one entry a file, in the order of the rows."""
-    places = ["dataset_from_index", "dataset_to_index"]
-    stored_as = "video" if info["features"][key]["dtype"] == "video" else "data"
-    prefix = f"videos/{key}/" if stored_as == "video" else "data/"
-    chunk, file = f"{prefix}chunk_index", f"{prefix}file_index"
-    episodes = episode_table(
-        root, [*places, chunk, file, *([f"{prefix}from_timestamp"] if stored_as == "video" else [])]
-    )
-    found: dict[tuple[int, int], list] = {}
-    for index in range(len(episodes[chunk])):
-        rows = np.arange(episodes["dataset_from_index"][index], episodes["dataset_to_index"][index])
-        found.setdefault((int(episodes[chunk][index]), int(episodes[file][index])), []).append(
-            (index, rows)
-        )
-    result = []
-    for (chunk_index, file_index), members in found.items():
-        path = root / info[f"{stored_as}_path"].format(
-            video_key=key, chunk_index=chunk_index, file_index=file_index
-        )
-        rows = np.concatenate([rows for _, rows in members])
-        if stored_as == "video":
-            first = [
-                round(float(episodes[f"{prefix}from_timestamp"][index]) * info["fps"])
-                for index, _ in members
-            ]
+    locations = np.stack([episodes["chunk_index"], episodes["file_index"]], axis=1)
+    found = []
+    for chunk_index, file_index in dict.fromkeys(map(tuple, locations.tolist())):
+        members = np.flatnonzero((locations == (chunk_index, file_index)).all(axis=1))
+        ranges = [
+            np.arange(episodes["first_row"][episode], episodes["end_row"][episode])
+            for episode in members
+        ]
+        rows = np.concatenate(ranges)
+        frames = rows - rows[0]
+        if video:
+            starts = np.rint(episodes["start"][members] * info["fps"]).astype(np.int64)
             frames = np.concatenate(
-                [
-                    start + np.arange(len(rows))
-                    for start, (_, rows) in zip(first, members, strict=True)
-                ]
+                [start + np.arange(len(rows)) for start, rows in zip(starts, ranges, strict=True)]
             )
-        else:
-            frames = rows - rows[0]
-        result.append(VideoRows(path, rows, frames))
-    return result
+        template = info["video_path" if video else "data_path"]
+        path = root / template.format(video_key=key, chunk_index=chunk_index, file_index=file_index)
+        found.append(ImageFile(path, rows, frames))
+    return found

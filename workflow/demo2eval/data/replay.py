@@ -1,90 +1,220 @@
-"""Replays one shard of demonstrations in the configured control mode and adds pictures.
+"""Replays one shard of demos in the configured control mode and adds images.
 
-In:  the manifest of a shard of demonstrations, with trajectory.h5 and trajectory.json beside it.
-Out: the same two files with observations, in ManiSkill's layout: obs/agent/qpos, obs/extra/<part> for every step, and
-     obs/sensor_data/<camera>/rgb uint8 [looks, H, W, 3] with obs/sensor_data/<camera>/step int64 [looks], the steps rendered.
+In:  the manifest of a shard of demos, with trajectory.h5 and trajectory.json beside it.
+Out: the same two files with observations, in ManiSkill's layout (`demo2eval.data.trajectory`):
+     obs/agent/qpos and obs/extra/<part> of every step, and the images of the rendered steps.
 
-Where the control mode stays the same, the recorded states are set one by one and rendered: no physics, and the actions are those of
-the demonstration bit for bit. Otherwise ManiSkill's own conversion makes new actions and states first; a demonstration that does not
-succeed any more is left out and counted in the manifest.
+Where the control mode stays the same, the recorded states are set one by one and rendered: no
+physics, and the actions are those of the demo bit for bit. Otherwise ManiSkill's own conversion
+makes new actions and states first; a demo that does not succeed any more is left out and named in
+the manifest.
 
-A demonstration of this control mode that brings observations as ManiSkill records them with obs_mode rgb (pictures uint8 [T + 1, H, W, 3]
-of all these cameras in this size, and all parts of the state) is not rendered: its pictures are taken as they are, and the manifest counts
-it as `already_rendered`.
+A demo of this control mode that brings observations as ManiSkill records them with obs_mode rgb,
+with images of all these cameras in this size, is not rendered: its observations are taken as they
+are, and the manifest counts it as `already_rendered`.
 
-With `joint_perturbation` every look is rendered, the arm displaced (`demo2eval.data.perturb`). What obs/ holds of these steps is of
-the displaced arm; actions and env_states are the demonstration's.
+With `joint_perturbation` every image is of a displaced arm (`demo2eval.data.perturb`), and so are
+the observed vectors of that step. Actions and env_states are the demo's.
 """
 
-import functools
 import json
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from demo2eval.cli import option, run, settings_from, stage_parser
-from demo2eval.data.perturb import Displacement
-from demo2eval.data.trajectory import Demonstration, sound_demonstrations
+from demo2eval.cli import run
+from demo2eval.config import Replay
+from demo2eval.data.perturb import JointPerturbation
+from demo2eval.data.trajectory import (
+    SENSORS,
+    Demo,
+    read_arrays,
+    read_trajectory_file,
+    state_path,
+)
 from demo2eval.errors import UserError
-from demo2eval.maniskill.env import limit_threads, look, make_environment, state_parts
-from demo2eval.maniskill.tasks import STATE_DIMS, check_cameras, find_task
+from demo2eval.maniskill.env import get_observation, get_state, limit_threads, make_env
+from demo2eval.maniskill.robots import Robot
 from demo2eval.provenance import run_stage, write_atomic
 
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What decides the replayed demonstrations."""
-
-    task: str = option("ManiSkill task, such as PushCube-v1")
-    control_mode: str = option("control mode of the actions", "pd_joint_pos")
-    cameras: list = option('cameras to render, such as ["base_camera"]')
-    image_size: int = option("side of the pictures, pixels", 128)
-    image_stride: int = option("render every k-th control step", 1)
-    joint_perturbation: float = option(
-        "standard deviation, radians, of noise on the arm's joints at each look", 0.0
-    )
-    on_invalid: str = option("refuse the shard if a demonstration is bad, or skip it", "error")
+type Observations = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+"""({part: float32 [T + 1, dim]}, {camera: uint8 [N, H, W, 3]})."""
 
 
-def look_steps(length: int, image_stride: int, index: int) -> np.ndarray:
-    """Return the steps of a demonstration at which it is rendered, int64 [looks].
+def replay_demos(
+    demos: Path,
+    output: Path,
+    *,
+    task: str,
+    robot: Robot,
+    object: str,
+    replay: Replay = Replay(),
+) -> None:
+    """Replay one shard of demos.
 
-    Step 0 is always among them. The others are `image_stride` apart from a first one that differs from one demonstration to the next, so
-    that a dataset of few looks still shows every phase of the task.
+    Args:
+        demos: manifest of a shard of demos.
+        output: manifest to write, .../shard-000/manifest.json.
+        task: ManiSkill's environment id, such as PushCube-v1.
+        robot: ManiSkill's robot.
+        object: attribute of the env, the object that is manipulated; moves with a displaced hand.
+        replay: control mode and images.
+
+    Raises:
+        UserError: if the shard cannot be read, is of another control mode that cannot be converted,
+            or was recorded with another version of the task.
+    """
+    settings = {"task": task, "robot": robot, "object": object, "replay": replay}
+    with run_stage(
+        output, stage="replay", module=__spec__.name, settings=settings, inputs={"demos": demos}
+    ) as job:
+        if job.reused:
+            return
+        files = [job.folder / name for name in ("trajectory.h5", "trajectory.json")]
+        shard = ShardReplay(demos.parent / files[0].name, task, robot, object, replay)
+        counts = shard.write(job.partial)
+        for file in files:
+            (job.partial / file.name).replace(file)
+        job.finish(files, **counts)
+
+
+class ShardReplay:
+    """The replay of one trajectory file."""
+
+    def __init__(self, path: Path, task: str, robot: Robot, object_name: str, settings: Replay):
+        """Read the file; see `replay_demos` for the arguments and errors."""
+        self._file = read_trajectory_file(path)
+        self._task, self._object_name = task, object_name
+        self._robot: Robot = robot
+        self._settings = settings
+        self._cameras = sorted(set(settings.cameras.values()))
+        self._recorded_mode = self._find_control_mode()
+        self._envs: dict[str, Any] = {}
+
+    def _find_control_mode(self) -> str:
+        path, target = self._file.path, self._settings.control_mode
+        modes = sorted({demo.control_mode for demo in self._file.demos})
+        if len(modes) != 1:
+            raise UserError(
+                f"{path} mixes the control modes {', '.join(modes)}; split it into a file for each."
+            )
+        if modes[0] not in (target, "pd_joint_pos"):
+            raise UserError(
+                f"{path} was recorded in {modes[0]}, which cannot be converted to {target}; set "
+                f"replay.control_mode to {modes[0]}."
+            )
+        return modes[0]
+
+    def _env(self, control_mode: str):
+        # Made when first needed: it takes seconds, and a file that brings its images needs none.
+        if control_mode not in self._envs:
+            rendered = control_mode == self._settings.control_mode
+            self._envs[control_mode] = make_env(
+                self._task,
+                robot=self._robot,
+                control_mode=control_mode,
+                cameras=self._cameras if rendered else (),
+                image_size=self._settings.image_size,
+            )
+        return self._envs[control_mode]
+
+    def write(self, folder: Path) -> dict:
+        """Write trajectory.{h5,json} into `folder`; return what was kept and lost."""
+        import h5py
+        from tqdm import tqdm
+
+        episodes, lost, already_rendered = [], [], 0
+        bar = tqdm(self._file.demos, unit="demo", mininterval=2, desc=f"replaying {self._task}")
+        with (
+            h5py.File(self._file.path, "r") as content,
+            h5py.File(folder / "trajectory.h5", "w") as file,
+        ):
+            for recorded in bar:
+                demo = self._convert(recorded)
+                if demo is None:
+                    lost.append(recorded.seed)
+                    continue
+                steps = rendered_steps(
+                    len(demo.actions), self._settings.image_stride, len(episodes)
+                )
+                observations = self._read_observations(content[demo.name], steps)
+                already_rendered += observations is not None
+                if observations is None:
+                    observations = self._observe(demo, steps)
+                group = file.create_group(f"traj_{len(episodes)}")
+                write_demo(group, demo, observations, steps)
+                episodes.append(describe_episode(len(episodes), demo))
+        if already_rendered:
+            print(
+                f"{self._file.path}: {already_rendered} of {len(episodes)} demos bring their "
+                "images, which are taken as they are.",
+                file=sys.stderr,
+            )
+        self._write_metadata(folder / "trajectory.json", episodes)
+        return {
+            "demos": len(episodes),
+            "seeds": [episode["episode_seed"] for episode in episodes],
+            "lost_in_conversion": lost,
+            "already_rendered": already_rendered,
+        }
+
+    def _convert(self, demo: Demo) -> Demo | None:
+        """Return the demo in the configured control mode, or None if it does not succeed there."""
+        if self._recorded_mode == self._settings.control_mode:
+            return demo
+        source, target = self._env(self._recorded_mode), self._env(self._settings.control_mode)
+        check_env_states(source, demo, self._file.path)
+        return convert_demo(demo, source, target)
+
+    def _read_observations(self, group, steps: np.ndarray) -> Observations | None:
+        """Return what the recorded demo itself brings, or None if it has to be rendered."""
+        converted = self._recorded_mode != self._settings.control_mode
+        if converted or self._settings.joint_perturbation:
+            return None
+        try:
+            return read_observations(group, self._cameras, self._settings.image_size, steps)
+        except OSError as error:
+            raise UserError(
+                f"{self._file.path} {group.name.strip('/')}: its observations are damaged "
+                f"({error}); copy or record the file again."
+            ) from error
+
+    def _observe(self, demo: Demo, steps: np.ndarray) -> Observations:
+        env, std = self._env(self._settings.control_mode), self._settings.joint_perturbation
+        check_env_states(env, demo, self._file.path)
+        return observe_demo(env, demo, steps, std, self._object_name)
+
+    def _write_metadata(self, path: Path, episodes: list[dict]) -> None:
+        content: dict[str, Any] = self._file.metadata | {"episodes": episodes}
+        kwargs = content["env_info"].get("env_kwargs") or {}
+        changed = {"obs_mode": "rgb", "control_mode": self._settings.control_mode}
+        content["env_info"]["env_kwargs"] = kwargs | changed
+        write_atomic(path, json.dumps(content, indent=1))
+
+
+def rendered_steps(length: int, image_stride: int, index: int) -> np.ndarray:
+    """Return the steps of a demo at which it is rendered, int64 [N].
+
+    Step 0 is always among them. The others are `image_stride` apart from a first one that differs
+    from one demo to the next, so that a dataset of few images still shows every phase of the task.
 
     Args:
         length: number of actions.
-        index: number of the demonstration in its shard.
+        index: number of the demo in its shard.
     """
-    return np.union1d([0], np.arange(index % image_stride, length + 1, image_stride)).astype(
-        np.int64
-    )
+    steps = np.arange(index % image_stride, length + 1, image_stride)
+    return np.union1d([0], steps).astype(np.int64)
 
 
-class ActionRecorder:
-    """Stands in for an environment in ManiSkill's conversion and keeps every action and state."""
-
-    def __init__(self, environment):
-        self.environment = environment
-        self.unwrapped = environment.unwrapped
-        self.actions: list[np.ndarray] = []
-        self.states = [environment.unwrapped.get_state_dict()]
-        self.success: list[bool] = []
-
-    def step(self, action):
-        """Step the environment and keep the action and the state after it."""
-        result = self.environment.step(action)
-        self.actions.append(np.asarray(action, dtype=np.float32).reshape(-1))
-        self.states.append(self.unwrapped.get_state_dict())
-        self.success.append(bool(result[4]["success"]))
-        return result
+# States.
 
 
-def flatten_state(state, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Yield ("actors/cube", float32 [dim]) for every array of a state dictionary of one environment."""
+def flatten_state(state: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Yield ("actors/cube", float32 [dim]) for every array of a state dictionary of one env."""
     for key, value in state.items():
         if isinstance(value, dict):
             yield from flatten_state(value, f"{prefix}{key}/")
@@ -93,7 +223,7 @@ def flatten_state(state, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
 
 
 def nest_state(states: dict[str, np.ndarray], step: int) -> dict:
-    """Return the state dictionary of one step, shapes [1, dim], from {"actors/cube": [T + 1, dim]}."""
+    """Return a step's state dictionary, [1, dim] each, from {"actors/cube": [T + 1, dim]}."""
     nested: dict = {}
     for name, values in states.items():
         group, key = name.split("/")
@@ -101,296 +231,181 @@ def nest_state(states: dict[str, np.ndarray], step: int) -> dict:
     return nested
 
 
-def begin(environment, demonstration: Demonstration) -> None:
-    """Bring an environment into the first state of a demonstration, as an episode of evaluation begins."""
-    # A scene that was used before keeps contacts in its solver, and the same actions then end elsewhere.
-    environment.reset(seed=demonstration.seed, options={"reconfigure": True})
-    there = dict(flatten_state(environment.unwrapped.get_state_dict()))
-    # Setting a state rounds it, which contacts turn into millimetres; mostly the seed alone gives the state that was recorded.
-    if any((there[name] != values[0]).any() for name, values in demonstration.states.items()):
-        environment.unwrapped.set_state_dict(nest_state(demonstration.states, 0))
+def reset_to_start(env, demo: Demo) -> None:
+    """Bring an env into the first state of a demo, as an episode of evaluation begins."""
+    # A used scene keeps contacts in its solver: the same actions then end elsewhere.
+    env.reset(seed=demo.seed, options={"reconfigure": True})
+    state = dict(flatten_state(env.unwrapped.get_state_dict()))
+    # Setting a state rounds it, which contacts turn into millimeters. Mostly the seed alone gives
+    # the recorded state; on another processor it may differ in its last bits.
+    if any((state[name] != values[0]).any() for name, values in demo.states.items()):
+        env.unwrapped.set_state_dict(nest_state(demo.states, 0))
 
 
-def converted(demonstration: Demonstration, source, target) -> Demonstration | None:
-    """Return a demonstration in the control mode of `target`, or None if it does not succeed there.
+def check_env_states(env, demo: Demo, path: Path) -> None:
+    """Raise a UserError if the things that were recorded are not those in the env.
+
+    One that was not recorded would silently stay where the seed put it.
+    """
+    state = flatten_state(env.unwrapped.get_state_dict())
+    simulated = {name: len(values) for name, values in state}
+    recorded = {name: values.shape[1] for name, values in demo.states.items()}
+    if recorded != simulated:
+        name = min(simulated.items() ^ recorded.items())[0]
+        raise UserError(
+            f"{path} {demo.name}: env_states/{name} has {recorded.get(name, 0)} numbers per step, "
+            f"but {simulated.get(name, 0)} in the simulator; record the demos again with "
+            f"mani_skill {metadata.version('mani_skill')}."
+        )
+
+
+# Conversion to another control mode.
+
+
+class ActionRecorder:
+    """Stands in for an env in ManiSkill's conversion and keeps every action and state."""
+
+    def __init__(self, env):
+        self.env = env
+        self.unwrapped = env.unwrapped
+        self.actions: list[np.ndarray] = []
+        self.states = [env.unwrapped.get_state_dict()]
+        self.success: list[bool] = []
+
+    def step(self, action):
+        """Step the env and keep the action and the state after it."""
+        result = self.env.step(action)
+        self.actions.append(np.asarray(action, dtype=np.float32).reshape(-1))
+        self.states.append(self.unwrapped.get_state_dict())
+        self.success.append(bool(result[4]["success"]))
+        return result
+
+
+def convert_demo(demo: Demo, source, target) -> Demo | None:
+    """Return a demo in the control mode of the env `target`, or None if it does not succeed there.
 
     Args:
-        source: an environment in the demonstration's own control mode.
-        target: an environment in the wanted one.
+        source: an env in the demo's own control mode, pd_joint_pos.
     """
     from mani_skill.trajectory.utils.actions import conversion
 
-    for environment in (source, target):
-        begin(environment, demonstration)
-    recorder = ActionRecorder(target)
-    conversion.from_pd_joint_pos(
-        target.unwrapped.control_mode, demonstration.actions, source, recorder
-    )
+    for env in (source, target):
+        reset_to_start(env, demo)
+    recorder: Any = ActionRecorder(target)
+    control_mode = target.unwrapped.control_mode
+    conversion.from_pd_joint_pos(control_mode, demo.actions, source, recorder)
     if not recorder.success[-1]:
         return None
-    flat = [dict(flatten_state(state)) for state in recorder.states]
-    return Demonstration(
-        name=demonstration.name,
-        seed=demonstration.seed,
-        control_mode=target.unwrapped.control_mode,
+    states = [dict(flatten_state(state)) for state in recorder.states]
+    return Demo(
+        name=demo.name,
+        seed=demo.seed,
+        control_mode=control_mode,
         actions=np.stack(recorder.actions),
-        states={name: np.stack([state[name] for state in flat]) for name in flat[0]},
+        states={name: np.stack([state[name] for state in states]) for name in states[0]},
         success=np.array(recorder.success),
     )
 
 
-def check_states(environment, demonstration: Demonstration, file: Path) -> None:
-    """Raise a UserError if what was recorded is not what the environment consists of.
+# Observations.
 
-    A part that was not recorded would silently stay where the seed put it.
+
+def observe_demo(
+    env,
+    demo: Demo,
+    steps: np.ndarray,
+    joint_perturbation: float = 0.0,
+    object_name: str = "",
+) -> Observations:
+    """Set each recorded state and observe it.
+
+    Args:
+        steps: those to render, with the arm displaced by `joint_perturbation`, radians.
+        object_name: attribute of the env, the object that a displaced hand takes along.
     """
-    wanted = {
-        name: len(values) for name, values in flatten_state(environment.unwrapped.get_state_dict())
-    }
-    found = {name: values.shape[1] for name, values in demonstration.states.items()}
-    if found != wanted:
-        name = min(wanted.items() ^ found.items())[0]
-        raise UserError(
-            f"{file} {demonstration.name}: env_states/{name} has {found.get(name, 0)} numbers a step and in the simulator "
-            f"{wanted.get(name, 0)}; record the demonstrations again with mani_skill {metadata.version('mani_skill')}."
-        )
-
-
-def observe(
-    environment, demonstration: Demonstration, looks: np.ndarray, joint_perturbation: float = 0.0
-) -> tuple[dict, dict]:
-    """Set each recorded state and observe it; at looks, the arm displaced by `joint_perturbation` if there is any.
-
-    Returns:
-        ({part: float32 [T + 1, dim]}, {camera: uint8 [looks, H, W, 3]}).
-    """
-    environment.reset(seed=demonstration.seed)
-    environment.unwrapped.set_state_dict(nest_state(demonstration.states, 0))
-    displacement = (
-        Displacement(environment, demonstration, joint_perturbation) if joint_perturbation else None
-    )
-    parts, images, rendered = [], [], set(looks.tolist())
-    for step in range(len(demonstration.actions) + 1):
-        environment.unwrapped.set_state_dict(nest_state(demonstration.states, step))
+    env.reset(seed=demo.seed)
+    env.unwrapped.set_state_dict(nest_state(demo.states, 0))
+    perturbation = None
+    if joint_perturbation:
+        perturbation = JointPerturbation(env, demo, joint_perturbation, object_name)
+    states, images, rendered = [], [], set(steps.tolist())
+    for step in range(len(demo.actions) + 1):
+        env.unwrapped.set_state_dict(nest_state(demo.states, step))
         if step in rendered:
-            if displacement:
-                displacement.at(step)
-            observation = look(environment)
+            if perturbation:
+                perturbation.apply(step)
+            observation = get_observation(env)
             images.append(observation["images"])
-            parts.append(observation["state"])
+            states.append(observation["state"])
         else:
-            parts.append(state_parts(environment))
-    stacked_parts = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
-    return stacked_parts, {
-        camera: np.stack([image[camera] for image in images]) for camera in images[0]
-    }
+            states.append(get_state(env))
+    return _stack(states), _stack(images)
 
 
-def part_place(part: str) -> str:
-    """Return where ManiSkill's layout has a part of the state, below a demonstration's group."""
-    return "obs/agent/qpos" if part == "qpos" else f"obs/extra/{part}"
+def _stack(items: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {key: np.stack([item[key] for item in items]) for key in items[0]}
 
 
-def recorded(group, settings: Settings, length: int, looks: np.ndarray) -> tuple[dict, dict] | None:
-    """Return what `observe` would from the observations that a demonstration of `length` actions brings in its HDF5 group.
+def read_observations(
+    group, cameras: list[str], image_size: int, steps: np.ndarray
+) -> Observations | None:
+    """Return what `observe_demo` would from the observations in the group of a demo.
 
     Returns:
-        ({part: float32 [T + 1, dim]}, {camera: uint8 [looks, H, W, 3]}), or None if something is missing or of another size,
-        or looks shall show a displaced arm.
-
-    Raises:
-        UserError: if they are there but cannot be read, or the state holds NaN or infinity.
+        None if some are missing, or the images are of another size.
     """
-    if settings.joint_perturbation:
+    length = len(group["actions"])
+    images = {camera: f"{SENSORS}/{camera}/rgb" for camera in cameras}
+    shape = (length + 1, image_size, image_size, 3)
+    if any(path not in group or group[path].shape != shape for path in images.values()):
         return None
-    picture = (np.uint8, (length + 1, settings.image_size, settings.image_size, 3))
-    cameras = {camera: f"obs/sensor_data/{camera}/rgb" for camera in settings.cameras}
-    parts = {part: part_place(part) for part in find_task(settings.task).state_parts}
-    wanted = dict.fromkeys(cameras.values(), picture)
-    wanted |= {place: (np.float32, (length + 1, STATE_DIMS[part])) for part, place in parts.items()}
-    if any(
-        place not in group or (group[place].dtype, group[place].shape) != kind
-        for place, kind in wanted.items()
-    ):
+    if state_path("qpos") not in group or "obs/extra" not in group:
         return None
-    where = f"{group.file.filename} {group.name.strip('/')}"
-    try:
-        states = {part: group[place][()] for part, place in parts.items()}
-        images = {camera: group[place][()][looks] for camera, place in cameras.items()}
-    except OSError as error:
-        raise UserError(
-            f"{where}: its observations are damaged ({error}); copy or record the file again."
-        ) from error
+    extra = dict(read_arrays(group["obs/extra"]))
+    states = {"qpos": group[state_path("qpos")][()]} | {
+        part: values
+        for part, values in extra.items()
+        if values.ndim == 2 and values.dtype.kind == "f"
+    }
+    return (
+        {part: values.astype(np.float32) for part, values in states.items()},
+        {camera: group[path][()][steps] for camera, path in images.items()},
+    )
+
+
+# What is written.
+
+
+def write_demo(group, demo: Demo, observations: Observations, steps: np.ndarray) -> None:
+    """Write a replayed demo into its HDF5 group."""
+    gzip = {"compression": "gzip", "compression_opts": 1}
+    group["actions"] = demo.actions
+    group["success"] = demo.success
+    group["terminated"] = demo.success
+    group["truncated"] = np.zeros(len(demo.actions), dtype=bool)
+    for name, values in demo.states.items():
+        group.create_dataset(f"env_states/{name}", data=values, **gzip)
+    states, images = observations
     for part, values in states.items():
-        if not np.isfinite(values).all():
-            raise UserError(
-                f"{where}: {parts[part]} holds NaN or infinity; record it again, or leave it out."
-            )
-    return states, images
-
-
-def write_demonstration(
-    group, demonstration: Demonstration, parts: dict, images: dict, looks: np.ndarray
-) -> None:
-    """Write one replayed demonstration into its HDF5 group."""
-    group["actions"] = demonstration.actions
-    group["success"] = demonstration.success
-    group["terminated"] = demonstration.success
-    group["truncated"] = np.zeros(len(demonstration.actions), dtype=bool)
-    for name, values in demonstration.states.items():
-        group.create_dataset(
-            f"env_states/{name}", data=values, compression="gzip", compression_opts=1
-        )
-    for name, values in parts.items():
-        group[part_place(name)] = values
+        group[state_path(part)] = values
     for camera, frames in images.items():
-        sensor = group.create_group(f"obs/sensor_data/{camera}")
-        sensor.create_dataset(
-            "rgb",
-            data=frames,
-            chunks=(1, *frames.shape[1:]),
-            compression="gzip",
-            compression_opts=1,
-        )
-        sensor["step"] = looks
+        sensor = group.create_group(f"{SENSORS}/{camera}")
+        sensor.create_dataset("rgb", data=frames, chunks=(1, *frames.shape[1:]), **gzip)
+        sensor["step"] = steps
 
 
-def check_source(settings: Settings, demonstrations: list[Demonstration], file: Path) -> str:
-    """Return the control mode of the demonstrations.
-
-    Raises:
-        UserError: if they are of several, or cannot be converted to the wanted one.
-    """
-    modes = {demonstration.control_mode for demonstration in demonstrations}
-    if len(modes) != 1:
-        raise UserError(
-            f"{file} mixes the control modes {', '.join(sorted(modes))}; split it into one file for each."
-        )
-    mode = modes.pop()
-    if mode not in (settings.control_mode, "pd_joint_pos"):
-        raise UserError(
-            f"{file} was recorded in {mode}, which cannot be converted to {settings.control_mode}; set replay.control_mode to {mode}."
-        )
-    return mode
-
-
-def replay_shard(settings: Settings, source: Path, folder: Path) -> dict:
-    """Replay source/trajectory.{h5,json} into `folder` and return what was kept and lost."""
-    import h5py
-    from tqdm import tqdm
-
-    from demo2eval.data.hdf5 import NewFile
-
-    demonstrations, description, skipped = sound_demonstrations(
-        source / "trajectory.h5", settings.task, settings.on_invalid
-    )
-    mode = check_source(settings, demonstrations, source / "trajectory.h5")
-
-    @functools.cache
-    def simulator(control_mode: str):
-        # Made when first needed: it takes seconds, and a file that brings its pictures needs none.
-        rendering = {"cameras": settings.cameras, "image_size": settings.image_size}
-        return make_environment(
-            settings.task,
-            control_mode=control_mode,
-            **(rendering if control_mode == settings.control_mode else {}),
-        )
-
-    check_cameras(settings.task, settings.cameras)
-    episodes, lost, already = [], [], 0
-    with (
-        h5py.File(source / "trajectory.h5", "r") as content,
-        NewFile(folder / "trajectory.h5") as file,
-    ):
-        for demonstration in tqdm(
-            demonstrations, unit="demo", mininterval=2, desc=f"replaying {settings.task}"
-        ):
-            kept = demonstration
-            if mode != settings.control_mode:
-                check_states(simulator(mode), demonstration, source / "trajectory.h5")
-                kept = converted(demonstration, simulator(mode), simulator(settings.control_mode))
-            if kept is None:
-                lost.append(demonstration.seed)
-                continue
-            looks = look_steps(len(kept.actions), settings.image_stride, len(episodes))
-            seen = (
-                recorded(content[kept.name], settings, len(kept.actions), looks)
-                if kept is demonstration
-                else None
-            )
-            already += seen is not None
-            if seen is None:
-                check_states(simulator(settings.control_mode), kept, source / "trajectory.h5")
-                seen = observe(
-                    simulator(settings.control_mode), kept, looks, settings.joint_perturbation
-                )
-            write_demonstration(file.create_group(f"traj_{len(episodes)}"), kept, *seen, looks)
-            file.check()
-            episodes.append(episode_entry(len(episodes), kept))
-    if already:
-        print(
-            f"{source}: {already} of {len(episodes)} demonstrations bring their pictures, which are taken as they are."
-        )
-    before = description["env_info"].get("env_kwargs") or {}
-    description["env_info"]["env_kwargs"] = before | {
-        "obs_mode": "rgb",
-        "control_mode": settings.control_mode,
-    }
-    write_atomic(
-        folder / "trajectory.json", json.dumps(description | {"episodes": episodes}, indent=1)
-    )
-    seeds = [episode["episode_seed"] for episode in episodes]
-    return {
-        "demonstrations": len(seeds),
-        "seeds": seeds,
-        "lost_in_conversion": lost,
-        "skipped": skipped,
-        "already_rendered": already,
-    }
-
-
-def episode_entry(index: int, demonstration: Demonstration) -> dict:
-    """Return a demonstration's entry in ManiSkill's trajectory.json."""
+def describe_episode(index: int, demo: Demo) -> dict:
+    """Return a demo's entry in ManiSkill's trajectory.json."""
     return {
         "episode_id": index,
-        "episode_seed": demonstration.seed,
-        "control_mode": demonstration.control_mode,
-        "elapsed_steps": len(demonstration.actions),
-        "reset_kwargs": {"seed": demonstration.seed},
-        "success": bool(demonstration.success[-1]),
+        "episode_seed": demo.seed,
+        "control_mode": demo.control_mode,
+        "elapsed_steps": len(demo.actions),
+        "reset_kwargs": {"seed": demo.seed},
+        "success": bool(demo.success[-1]),
     }
-
-
-def replay(settings: Settings, demos: Path, output: Path) -> None:
-    """Replay the shard of manifest `demos` and write the manifest `output`."""
-    find_task(settings.task)
-    with run_stage(
-        output, stage="replay", module=__spec__.name, settings=settings, inputs={"demos": demos}
-    ) as job:
-        if job.reused:
-            return
-        facts = replay_shard(settings, demos.parent, job.partial)
-        for name in ("trajectory.h5", "trajectory.json"):
-            (job.partial / name).replace(job.folder / name)
-        job.finish([job.folder / "trajectory.h5", job.folder / "trajectory.json"], **facts)
-
-
-def main() -> None:
-    """Run the stage from the command line."""
-    limit_threads()
-    parser = stage_parser(__doc__, Settings)
-    parser.add_argument(
-        "--input", type=Path, required=True, help="manifest of a shard of demonstrations"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        help="manifest to write, .../shard-<number>/manifest.json",
-    )
-    arguments = parser.parse_args()
-    replay(settings_from(arguments, Settings), arguments.input, arguments.output)
 
 
 if __name__ == "__main__":
-    run(main)
+    limit_threads()
+    run(replay_demos)

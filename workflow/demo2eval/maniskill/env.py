@@ -1,4 +1,8 @@
-"""One ManiSkill environment on the CPU's physics, rendered by the GPU if there is one, and only when somebody looks."""
+"""One ManiSkill env: physics on the CPU, images from the GPU if there is one.
+
+`env.step` renders nothing; `get_observation` does. Where a policy acts in chunks, episodes are many
+times faster for it.
+"""
 
 import contextlib
 import functools
@@ -9,91 +13,100 @@ import os
 import subprocess
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from demo2eval.errors import UserError
-from demo2eval.maniskill.tasks import STATE_DIMS, check_cameras, find_task
+from demo2eval.maniskill.robots import CAMERAS
 
 CONTROL_FREQUENCY = 20
-"""Control steps a second, of all six tasks; also the frame rate of the datasets."""
+"""Control steps per second of ManiSkill's tasks, and so the frame rate of datasets and videos."""
 BACKEND_VARIABLE = "DEMO2EVAL_RENDER_BACKEND"
 GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg")
-"""Device files of NVIDIA's driver; the second is that of Windows' Linux."""
+"""Device files of NVIDIA's driver; the second is that of Linux on Windows."""
 
 
 def limit_threads(count: int = 1) -> None:
-    """Let this process render and compute with `count` threads; to be called before the simulator is imported."""
+    """Let this process use `count` threads. Call it before ManiSkill is imported."""
     for name in ("LP_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(count)
 
 
 @functools.cache
 def render_backend() -> str:
-    """Return what renders: "gpu" where an NVIDIA driver lists one, else "cpu", which is Mesa's software renderer.
+    """Return what renders: "gpu" if NVIDIA's driver lists one, else "cpu", Mesa's renderer.
 
-    The environment variable DEMO2EVAL_RENDER_BACKEND, cpu or gpu, decides where it is set. envs/setup.py asks the same questions.
+    The variable DEMO2EVAL_RENDER_BACKEND, cpu or gpu, has the last word. envs/setup.py decides in
+    the same way.
 
     Raises:
-        UserError: if the variable says something else.
+        UserError: if the variable has another value.
     """
-    wanted = os.environ.get(BACKEND_VARIABLE)
-    if wanted:
-        if wanted not in ("cpu", "gpu"):
+    backend = os.environ.get(BACKEND_VARIABLE)
+    if backend:
+        if backend not in ("cpu", "gpu"):
             raise UserError(
-                f"{BACKEND_VARIABLE} is {wanted!r}; set it to cpu or gpu, or not at all."
+                f"{BACKEND_VARIABLE} is {backend!r}; set it to cpu or gpu, or not at all."
             )
-        return wanted
-    # To ask the driver can take a second; without a device it need not be asked.
+        return backend
+    # The driver may take a second to answer; without a device there is nothing to ask.
     if not any(glob.glob(pattern) for pattern in GPU_DEVICES):
         return "cpu"
     try:
-        listed = subprocess.run(
+        output = subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=60
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return "cpu"
-    return "gpu" if listed.startswith("GPU ") else "cpu"
+    return "gpu" if output.startswith("GPU ") else "cpu"
 
 
-def _quiet() -> None:
-    warnings.filterwarnings("ignore")
-    for name in ("mani_skill", "gymnasium", "toppra"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def make_environment(
+def make_env(
     task: str,
     *,
+    robot: str,
     control_mode: str,
     cameras: Sequence[str] = (),
     image_size: int = 128,
     max_episode_steps: int | None = None,
-    **kwargs,
-):
-    """Make a task's environment, a `gymnasium.Env` of ManiSkill, with the task's own robot.
+    **kwargs: Any,
+) -> Any:
+    """Make a ManiSkill env of a task.
 
     Args:
-        task: ManiSkill id, one of the six.
+        task: ManiSkill's environment id.
+        robot: the task's robot; the two Pandas start with their last joint 90 degrees apart.
         control_mode: what actions mean.
-        cameras: those that `look` shall return.
-        image_size: side of the pictures, pixels.
-        max_episode_steps: after which an episode is truncated; None leaves ManiSkill's own limit, shorter than demonstrations.
+        cameras: those that `get_observation` returns.
+        image_size: side of the images, pixels.
+        max_episode_steps: length at which an episode is truncated; None is ManiSkill's own, which
+            is shorter than demonstrations.
         kwargs: passed to `gymnasium.make`.
 
+    Returns:
+        A `gymnasium.Env`. Its `reset` and `step` return empty observations.
+
     Raises:
-        UserError: if the task is unknown or lacks a camera, or there is no Vulkan device.
+        UserError: if ManiSkill has no such task, the robot no such camera, or the machine no Vulkan
+            device.
     """
-    robot = find_task(task).robot
-    check_cameras(task, cameras)
-    _quiet()
+    for camera in cameras:
+        if camera not in CAMERAS[robot]:
+            known = ", ".join(CAMERAS[robot])
+            raise UserError(f"the robot {robot} has no camera {camera!r}; it has {known}.")
+    warnings.filterwarnings("ignore")
+    for name in ("mani_skill", "gymnasium", "toppra"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()):
         import gymnasium
         import mani_skill.envs  # noqa: F401  (registers the tasks)
+    from mani_skill.envs.utils.observations import parse_obs_mode_to_struct
+
     try:
-        environment = gymnasium.make(
+        env: Any = gymnasium.make(
             task,
-            obs_mode="rgb" if cameras else "none",
+            obs_mode="none",
             reward_mode="none",
             control_mode=control_mode,
             robot_uids=robot,
@@ -103,63 +116,49 @@ def make_environment(
             sensor_configs={"width": image_size, "height": image_size},
             **kwargs,
         )
+    except gymnasium.error.UnregisteredEnv as error:
+        raise UserError(f"ManiSkill has no task {task!r} ({error}); mend `task`.") from None
     except RuntimeError as error:
         if "device" not in str(error):
             raise
         raise UserError(
-            f"the simulator found no Vulkan device ({error}); run `make setup`, then `make doctor`."
+            f"ManiSkill found no Vulkan device ({error}); run `make setup`, then `make doctor`."
         ) from error
-    environment.unwrapped.demo2eval_cameras = tuple(cameras)
-    set_rendering(environment, False)
-    return environment
+    # obs_mode "none" keeps `step` from rendering; this says what `get_sensor_images` returns.
+    env.unwrapped.obs_mode_struct = parse_obs_mode_to_struct("rgb")
+    env.unwrapped.observed_cameras = tuple(cameras)
+    return env
 
 
-def set_rendering(environment, enabled: bool) -> None:
-    """Switch rendering in `step` and `reset` on or off; `look` works in any case."""
-    base = environment.unwrapped
-    base._obs_mode = "rgb" if enabled and base.demo2eval_cameras else "none"
-
-
-def look(environment) -> dict[str, dict[str, np.ndarray]]:
-    """Render the cameras and read the robot, as ManiSkill's own rgb observation would.
+def get_observation(env: Any) -> dict[str, dict[str, np.ndarray]]:
+    """Render the cameras and read the robot, as ManiSkill's obs_mode "rgb" does.
 
     Returns:
-        {"images": {camera: uint8 [H, W, 3]}, "state": {part: float32 [dim]}} of the present instant.
+        {"images": {camera: uint8 [H, W, 3]}, "state": {part: float32 [dim]}} of this instant.
     """
-    base = environment.unwrapped
-    base._obs_mode = "rgb"
-    try:
-        observation = base.get_obs(base.get_info())
-    finally:
-        base._obs_mode = "none"
-    cameras = base.demo2eval_cameras
-    images = {
-        camera: observation["sensor_data"][camera]["rgb"][0].cpu().numpy() for camera in cameras
-    }
-    return {"images": images, "state": _parts(observation)}
-
-
-def state_parts(environment) -> dict[str, np.ndarray]:
-    """Return the parts of the state vector, {part: float32 [dim]}, without rendering."""
-    base = environment.unwrapped
-    mode, base._obs_mode = base._obs_mode, "rgb"
-    try:
-        observation = {
-            "agent": base._get_obs_agent(),
-            "extra": base._get_obs_extra(base.get_info()),
-        }
-    finally:
-        base._obs_mode = mode
-    return _parts(observation)
-
-
-def _parts(observation) -> dict[str, np.ndarray]:
-    found = {
-        "qpos": observation["agent"]["qpos"],
-        **{key: observation["extra"].get(key) for key in STATE_DIMS if key != "qpos"},
-    }
+    images = env.unwrapped.get_sensor_images()
     return {
-        key: np.asarray(value[0].cpu(), dtype=np.float32)
-        for key, value in found.items()
-        if value is not None
+        "images": {
+            camera: images[camera]["rgb"][0].cpu().numpy()
+            for camera in env.unwrapped.observed_cameras
+        },
+        "state": get_state(env),
     }
+
+
+def get_state(env: Any) -> dict[str, np.ndarray]:
+    """Read the robot without rendering.
+
+    Returns:
+        {part: float32 [dim]}: `qpos`, then each vector of ManiSkill's `obs["extra"]`.
+    """
+    base = env.unwrapped
+    # ManiSkill's interface of a task, for which it has no public caller that does not render.
+    extra = base._get_obs_extra(base.get_info())
+    vectors = {
+        name: value
+        for name, value in extra.items()
+        if value.ndim == 2 and value.is_floating_point()
+    }
+    parts = {"qpos": base.agent.get_proprioception()["qpos"]} | vectors
+    return {name: np.asarray(value[0].cpu(), np.float32) for name, value in parts.items()}
