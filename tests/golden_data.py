@@ -141,7 +141,7 @@ def lerobot_folder(scratch: Path, config: Pi0Config, folder: Path = GOLDEN) -> P
     }
     head = np.ones_like(tensors.pop(f"model.{EXPERT_HEAD}"))
     ours = {name: str(digest(array)) for name, array in tensors.items()}
-    differing = sorted(name for name, _ in ours.items() ^ written["tensors"].items())
+    differing = sorted({name for name, _ in ours.items() ^ written["tensors"].items()})
     assert not differing, f"not as LeRobot wrote them: {differing}"
     result = scratch / "hf_pi05"
     result.mkdir()
