@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo2eval.checkpoints.policy_metadata import read_description
+from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.data.trajectory import read_demonstrations
 from demo2eval.errors import UserError
 from demo2eval.evaluation.rollout import (
@@ -218,7 +218,7 @@ def undisturbed(run: Path, simulator, folder: Path) -> bytes:
     """Play the same episodes one after the other in this process, whose simulator has played others before; return the table."""
     settings, payload = Settings(**STAGE), run / "checkpoints/0"
     simulators, answerer = (
-        episode_settings(settings, read_description(payload)),
+        episode_settings(settings, read_policy_metadata(payload)),
         Answerer(payload, settings),
     )
     answerer.prepare()

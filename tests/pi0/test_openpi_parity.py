@@ -20,18 +20,12 @@ from demo2eval.checkpoints.openpi import load_params
 from demo2eval.errors import UserError
 from demo2eval.pi0 import gemma, model, sampling
 from demo2eval.pi0.config import GemmaConfig, LoraConfig, Pi0Config, SiglipConfig, make_config
-from demo2eval.pi0.normalize import exact_stats, load_norm_stats
-from demo2eval.pi0.params import flatten, init_params, table, unflatten
+from demo2eval.pi0.image import resize_with_pad
+from demo2eval.pi0.normalize import exact_stats, load_norm_stats, normalize, unnormalize
+from demo2eval.pi0.params import flatten, init_params, param_table, unflatten
 from demo2eval.pi0.tokenizer import Tokenizer, discretize
-from demo2eval.pi0.transforms import (
-    absolute_actions,
-    augment,
-    delta_actions,
-    normalize,
-    pad,
-    resize_with_pad,
-    unnormalize,
-)
+from demo2eval.pi0.transforms import absolute_actions, delta_actions, pad
+from demo2eval.training.augmentation import augment
 from demo2eval.training.optimizer import ema_update, make_optimizer, make_schedule
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
@@ -122,11 +116,11 @@ def forward(config: Pi0Config, params: dict, inputs: dict, condition=None) -> di
         config, params, observation.state, noisy, time
     )
     valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
-    mask = model.attention_mask(
+    mask = model.make_attn_mask(
         valid, jnp.concatenate([jnp.zeros(prefix.shape[1], bool), opens_block])
     )
-    positions = model.positions_of(valid)
-    prefix_out, out = gemma.run(
+    positions = model.make_positions(valid)
+    prefix_out, out = gemma.forward(
         (config.paligemma, config.action_expert),
         params["PaliGemma"]["llm"],
         [prefix, suffix],
@@ -145,7 +139,7 @@ def forward(config: Pi0Config, params: dict, inputs: dict, condition=None) -> di
         "suffix_out": out,
         "x_t": noisy,
         "u_t": inputs["noise"] - inputs["actions"],
-        "v_t": model.velocity(config, params, out),
+        "v_t": model.predict_v_t(config, params, out),
     }
 
 
@@ -216,7 +210,7 @@ def test_lora():
         read("pi05_lora_float32"),
     )
     assert {name: value.shape for name, value in flatten(params).items()} == {
-        name: shape for name, (shape, _) in table(config).items()
+        name: shape for name, (shape, _) in param_table(config).items()
     }
     compare(config, params, inputs, golden, 1e-4)
     compare_gradients(config, params, inputs, golden)
@@ -274,7 +268,7 @@ def test_full_size_trees(variant):
 
 def test_the_reference_tree_is_the_models():
     for family in FAMILIES:
-        shapes = {name: shape for name, (shape, _) in table(config_of(family)).items()}
+        shapes = {name: shape for name, (shape, _) in param_table(config_of(family)).items()}
         assert shapes == {name: value.shape for name, value in read(f"{family}_params").items()}
 
 
@@ -386,8 +380,7 @@ def test_time_embedding(data):
         width = int(name.removeprefix("posemb_"))
         # The sine's argument reaches 1571 rad, where float32 is good to 2e-4 and no better.
         assert (
-            difference(model.time_embedding(jnp.asarray(data["posemb_t"]), width), data[name])
-            < 3e-4
+            difference(model.posemb_sincos(jnp.asarray(data["posemb_t"]), width), data[name]) < 3e-4
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from demo2eval.checkpoints.openpi import load_params
-from demo2eval.checkpoints.policy_metadata import read_description
+from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.data import dataset, norm_stats
 from demo2eval.data import image_cache as training_cache
 from demo2eval.errors import UserError
@@ -161,7 +161,7 @@ def test_lora_trains_its_factors_on_base_weights_and_freezes_the_rest(run):
         }
         | {
             "model_overrides": description["model_overrides"]
-            | {"vocab_size": read_description(base).config.vocab_size}
+            | {"vocab_size": read_policy_metadata(base).config.vocab_size}
         }
     )
     start = run / "lora"

@@ -131,8 +131,7 @@ def cached_shape(info: dict, key: str, image_size: int) -> tuple[int, int]:
 
 def fill(part: Part, array: np.ndarray, folder: Path, resized_to: int | None) -> None:
     """Decode a part into its places of the camera's array, unless a killed run did so already."""
-    # It brings JAX along, for which --help need not wait.
-    from demo2eval.pi0.transforms import resize_with_pad
+    from demo2eval.pi0.image import resize_with_pad
 
     done = folder / f"{part.camera}-{part.number:04d}.done"
     if done.exists():

@@ -28,6 +28,7 @@ from demo2eval.data.lerobot_reader import (
 )
 from demo2eval.errors import UserError
 from demo2eval.pi0.normalize import NormStats, exact_stats, save_norm_stats
+from demo2eval.pi0.transforms import delta_actions
 from demo2eval.provenance import Work, making
 
 STATE, ACTION, EPISODE = "observation.state", "action", "episode_index"
@@ -59,9 +60,6 @@ def action_chunks(
     action: np.ndarray, state: np.ndarray, episode: np.ndarray, settings: Settings
 ) -> np.ndarray:
     """Return the action chunk at every row, float32 [rows, horizon, action width], as training sees it before normalisation."""
-    # It brings JAX along, for which --help need not wait.
-    from demo2eval.pi0.transforms import delta_actions
-
     rows = chunk_rows(np.arange(len(action)), last_rows(episode), settings.action_horizon)
     if settings.delta_action_mask is None:
         return action[rows]

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 
 from demo2eval.checkpoints.openpi import load_params
-from demo2eval.checkpoints.policy_metadata import assets_folder, read_description
+from demo2eval.checkpoints.policy_metadata import find_assets, read_policy_metadata
 from demo2eval.errors import UserError
+from demo2eval.pi0.image import resize_with_pad
 from demo2eval.pi0.model import Observation
 from demo2eval.pi0.normalize import load_norm_stats, normalize, unnormalize
-from demo2eval.pi0.sampling import compiler_options, fold, sample
+from demo2eval.pi0.sampling import compiler_options, fold_params, sample_folded
 from demo2eval.pi0.tokenizer import Tokenizer
-from demo2eval.pi0.transforms import absolute_actions, pad, resize_with_pad
+from demo2eval.pi0.transforms import absolute_actions, pad
 
 BATCH_SIZES = {"cpu": 4, "gpu": 8}
 """Looks answered at once, by JAX's backend: a CPU's time grows with the batch, a GPU's hardly."""
@@ -38,22 +39,22 @@ class Policy:
         Raises:
             UserError: if something of the checkpoint is missing or does not fit.
         """
-        self.description = read_description(checkpoint)
+        self.description = read_policy_metadata(checkpoint)
         self.config = self.description.config
         self.batch_size = batch_size or BATCH_SIZES.get(jax.default_backend(), 8)
-        assets = assets_folder(checkpoint)
+        assets = find_assets(checkpoint)
         self._checkpoint = checkpoint
         self._stats = load_norm_stats(assets / "norm_stats.json")
         self._tokenizer = Tokenizer.from_file(assets / "tokenizer.model")
         params = load_params(Path(checkpoint) / "params", self.config)
-        self._folded = jax.jit(partial(fold, self.config, num_steps=num_steps))(params)
+        self._folded = jax.jit(partial(fold_params, self.config, num_steps=num_steps))(params)
         self._sample = jax.jit(
-            partial(sample, self.config), compiler_options=compiler_options(self.batch_size)
+            partial(sample_folded, self.config), compiler_options=compiler_options(self.batch_size)
         )
 
     def compile(self) -> None:
         """Compile the model, which the first answer would do otherwise."""
-        size = self.description.image_size_rendered
+        size = self.description.image_size
         black = {
             camera: np.zeros((size, size, 3), np.uint8)
             for camera in self.description.cameras.values()
@@ -118,7 +119,7 @@ class Policy:
         Returns:
             float32 [n, horizon, action width] in the environment's units, absolute where the model predicts differences.
         """
-        known = np.asarray(chunk, np.float64)[..., : self.description.action_width]
+        known = np.asarray(chunk, np.float64)[..., : self.description.action_dim]
         actions = unnormalize(known, self._stats["actions"], self.description.use_quantiles)
         if self.description.delta_action_mask is not None:
             actions = absolute_actions(actions, states, self.description.delta_action_mask)

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo2eval.checkpoints.policy_metadata import PolicyDescription, read_description
+from demo2eval.checkpoints.policy_metadata import PolicyMetadata, read_policy_metadata
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.errors import UserError
 from demo2eval.evaluation.workers import EpisodeResult, EpisodeSettings, play
@@ -56,7 +56,7 @@ class Settings:
 
 
 def episode_settings(
-    settings: Settings, description: PolicyDescription, film: bool = False
+    settings: Settings, description: PolicyMetadata, film: bool = False
 ) -> EpisodeSettings:
     """Return what the simulators need, as the policy was trained.
 
@@ -81,7 +81,7 @@ def episode_settings(
         task=settings.task,
         control_mode=description.control_mode,
         cameras=tuple(sorted(set(description.cameras.values()))),
-        image_size=description.image_size_rendered,
+        image_size=description.image_size,
         state=tuple(description.state),
         max_episode_steps=settings.max_episode_steps,
         replan_steps=settings.replan_steps,
@@ -176,7 +176,7 @@ def rollout(
 
 def _make(settings: Settings, checkpoint: Path, work: Work, workers: int) -> None:
     payload = checkpoint.with_suffix("")
-    simulators = episode_settings(settings, read_description(payload))
+    simulators = episode_settings(settings, read_policy_metadata(payload))
     started = time.monotonic()
     rows, played = _play_all(
         settings, simulators, Answerer(payload, settings), work.partial / "episodes.csv", workers

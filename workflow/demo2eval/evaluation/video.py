@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demo2eval.checkpoints.policy_metadata import read_description
+from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.cli import run, settings_from, stage_parser
 from demo2eval.errors import UserError
 from demo2eval.evaluation.rollout import Answerer, episode_settings
@@ -139,7 +139,7 @@ def _make(settings: Settings, checkpoint: Path, seeds: list[int], work: Work, wo
     from tqdm import tqdm
 
     payload = checkpoint.with_suffix("")
-    simulators = episode_settings(settings, read_description(payload), film=True)
+    simulators = episode_settings(settings, read_policy_metadata(payload), film=True)
     playing = play(simulators, seeds, workers, Answerer(payload, settings))
     results = list(tqdm(playing, total=len(seeds), unit="episode", mininterval=2, desc="filming"))
     results.sort(key=lambda result: result.seed)

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo2eval.checkpoints.policy_metadata import PolicyDescription
+from demo2eval.checkpoints.policy_metadata import PolicyMetadata
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.errors import UserError
 from demo2eval.pi0.config import make_config, without_lora
@@ -45,7 +45,7 @@ def asset_id(task: str) -> str:
     return f"maniskill/{task}"
 
 
-def describe(settings: Settings, norm_stats: dict, tokenizer) -> PolicyDescription:
+def describe(settings: Settings, norm_stats: dict, tokenizer) -> PolicyMetadata:
     """Return the description of the policy.
 
     Args:
@@ -60,18 +60,18 @@ def describe(settings: Settings, norm_stats: dict, tokenizer) -> PolicyDescripti
     overrides["max_token_len"] = min(
         config.max_token_len, tokenizer.needed_length([settings.prompt], state_dim)
     )
-    return PolicyDescription(
+    return PolicyMetadata(
         variant=settings.variant,
         model_overrides=overrides,
         asset_id=asset_id(settings.task),
         task=settings.task,
         prompt=settings.prompt,
         cameras=settings.cameras,
-        image_size_rendered=settings.image_size,
+        image_size=settings.image_size,
         state=settings.state,
         control_mode=settings.control_mode,
         delta_action_mask=settings.delta_action_mask,
-        action_width=int(norm_stats["actions"].mean.shape[-1]),
+        action_dim=int(norm_stats["actions"].mean.shape[-1]),
         use_quantiles=config.family == "pi05",
     )
 
@@ -112,7 +112,8 @@ def add_lora(settings: Settings, config, folder: Path) -> None:
     """Put fresh low-rank factors beside base weights that have none, as openpi does."""
     import jax
 
-    from demo2eval.checkpoints.openpi import check_params, load_params, save_params
+    from demo2eval.checkpoints.mismatch import check_params
+    from demo2eval.checkpoints.openpi import load_params, save_params
     from demo2eval.pi0.params import flatten, init_params, unflatten
 
     base = flatten(load_params(folder))

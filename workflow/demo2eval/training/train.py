@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from demo2eval.checkpoints.policy_metadata import read_description
+from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.cli import option, run, settings_from, stage_parser
 from demo2eval.errors import UserError
 from demo2eval.provenance import Work, making, read_manifest
@@ -72,7 +72,6 @@ def make_train_step(
     import jax.numpy as jnp
     import optax
 
-    from demo2eval.pi0 import transforms
     from demo2eval.pi0.model import Observation, compute_loss
     from demo2eval.pi0.params import unflatten
     from demo2eval.training import augmentation
@@ -90,7 +89,7 @@ def make_train_step(
             for camera, pixels in images.items()
         }
         if augment:
-            images = transforms.augment(augment_key, images)
+            images = augmentation.augment(augment_key, images)
         observation = Observation(
             images=images,
             state=batch["state"],
@@ -253,7 +252,7 @@ def _make(settings: Settings, previous: Path, cache: Path, work: Work) -> None:
             f"{previous} is of step {first_step}, not before {settings.to_step}; give the checkpoint before."
         )
     source, payload = payload_of(previous), payload_of(work.output)
-    config = read_description(source).config
+    config = read_policy_metadata(source).config
     schedule = make_schedule(
         settings.warmup_steps, settings.peak_lr, settings.decay_steps, settings.decay_lr
     )
