@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from safetensors.numpy import load_file, save_file
 
-from demo2eval.checkpoints.huggingface import EXPERT_HEAD, to_huggingface
+from demo2eval.checkpoints.huggingface import to_huggingface
+from demo2eval.checkpoints.huggingface_layout import EXPERT_HEAD
 from demo2eval.checkpoints.openpi import save_params
 from demo2eval.pi0.config import Pi0Config
 from demo2eval.pi0.params import unflatten

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from demo2eval.errors import UserError
 from demo2eval.config import Training
+from demo2eval.errors import UserError
 from demo2eval.provenance import input_digest, read_manifest, run_stage
 
 MODULE = "demo2eval.checkpoints.policy_metadata"

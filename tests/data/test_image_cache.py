@@ -13,7 +13,7 @@ from demo2eval.data.dataset import build_dataset
 from demo2eval.data.image_cache import build_image_cache
 from demo2eval.data.lerobot_reader import dataset_root, image_keys, read_columns, read_info
 from demo2eval.errors import UserError
-from demo2eval.pi0.transforms import resize_with_pad
+from demo2eval.pi0.image import resize_with_pad
 from demo2eval.provenance import read_manifest
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo2eval.checkpoints.policy_metadata import PolicyDescription
+from demo2eval.checkpoints.policy_metadata import PolicyMetadata
 from demo2eval.config import Actions
 from demo2eval.data.dataset import build_dataset
 from demo2eval.data.image_cache import build_image_cache
@@ -20,9 +20,9 @@ from demo2eval.data.loader import (
 )
 from demo2eval.data.norm_stats import compute_norm_stats
 from demo2eval.errors import UserError
+from demo2eval.pi0.image import resize_with_pad
 from demo2eval.pi0.normalize import load_norm_stats
 from demo2eval.pi0.tokenizer import Tokenizer
-from demo2eval.pi0.transforms import resize_with_pad
 
 MASK = [True] * 7 + [False]
 HORIZON = 16
@@ -170,7 +170,7 @@ def test_the_prompt_holds_the_state_only_where_the_model_reads_it_there(made):
 
 
 def test_a_checkpoints_assets_say_everything(made, tmp_path):
-    policy = PolicyDescription(
+    policy = PolicyMetadata(
         variant="pi05_tiny",
         model_overrides={
             "action_horizon": HORIZON,
@@ -181,11 +181,11 @@ def test_a_checkpoints_assets_say_everything(made, tmp_path):
         task="PushCube-v1",
         prompt=PROMPT,
         cameras={"base_0_rgb": "base_camera"},
-        image_size_rendered=128,
+        image_size=128,
         state=["qpos"],
         control_mode="pd_joint_pos",
         delta_action_mask=MASK,
-        action_width=8,
+        action_dim=8,
         use_quantiles=True,
     )
     assets = tmp_path / "assets" / policy.asset_id

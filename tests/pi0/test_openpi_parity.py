@@ -20,18 +20,12 @@ from demo2eval.checkpoints.openpi import load_params
 from demo2eval.errors import UserError
 from demo2eval.pi0 import gemma, model, sampling
 from demo2eval.pi0.config import GemmaConfig, LoraConfig, Pi0Config, SiglipConfig, make_config
-from demo2eval.pi0.normalize import exact_stats, load_norm_stats
-from demo2eval.pi0.params import flatten, init_params, table, unflatten
+from demo2eval.pi0.image import resize_with_pad
+from demo2eval.pi0.normalize import exact_stats, load_norm_stats, normalize, unnormalize
+from demo2eval.pi0.params import flatten, init_params, param_table, unflatten
 from demo2eval.pi0.tokenizer import Tokenizer, discretize
-from demo2eval.pi0.transforms import (
-    absolute_actions,
-    augment,
-    delta_actions,
-    normalize,
-    pad,
-    resize_with_pad,
-    unnormalize,
-)
+from demo2eval.pi0.transforms import absolute_actions, delta_actions, pad
+from demo2eval.training.augmentation import augment
 from demo2eval.training.optimizer import ema_update, make_optimizer, make_schedule
 
 FACTS = json.loads((GOLDEN / "data.json").read_text())
@@ -121,9 +115,9 @@ def forward(config: Pi0Config, params: dict, inputs: dict, adarms_cond=None) -> 
     )
     input_mask = jnp.concatenate([prefix_mask, jnp.ones(suffix.shape[:2], bool)], axis=1)
     ar_mask = jnp.concatenate([jnp.zeros(prefix.shape[1], bool), suffix_ar_mask])
-    attn_mask = model.attention_mask(input_mask, ar_mask)
-    positions = model.positions_of(input_mask)
-    prefix_out, suffix_out = gemma.run(
+    attn_mask = model.make_attn_mask(input_mask, ar_mask)
+    positions = model.make_positions(input_mask)
+    prefix_out, suffix_out = gemma.forward(
         (config.paligemma, config.action_expert),
         params["PaliGemma"]["llm"],
         [prefix, suffix],
@@ -142,7 +136,7 @@ def forward(config: Pi0Config, params: dict, inputs: dict, adarms_cond=None) -> 
         "suffix_out": suffix_out,
         "x_t": x_t,
         "u_t": inputs["noise"] - inputs["actions"],
-        "v_t": model.velocity(config, params, suffix_out),
+        "v_t": model.predict_v_t(config, params, suffix_out),
     }
 
 
@@ -203,7 +197,7 @@ def test_lora():
         read("pi05_lora_float32"),
     )
     assert {name: value.shape for name, value in flatten(params).items()} == {
-        name: shape for name, (shape, _) in table(config).items()
+        name: shape for name, (shape, _) in param_table(config).items()
     }
     compare(config, params, inputs, golden, 1e-4)
     compare_gradients(config, params, inputs, golden)
@@ -261,7 +255,7 @@ def test_full_size_trees(variant):
 
 def test_the_reference_tree_is_the_models():
     for family in FAMILIES:
-        shapes = {name: shape for name, (shape, _) in table(config_of(family)).items()}
+        shapes = {name: shape for name, (shape, _) in param_table(config_of(family)).items()}
         assert shapes == {name: value.shape for name, value in read(f"{family}_params").items()}
 
 
@@ -376,7 +370,7 @@ def test_adamw(data):
 def test_time_embedding(data):
     for name in (name for name in data if name.startswith("posemb_") and name != "posemb_t"):
         dim = int(name.removeprefix("posemb_"))
-        embedding = model.time_embedding(jnp.asarray(data["posemb_t"]), dim)
+        embedding = model.posemb_sincos(jnp.asarray(data["posemb_t"]), dim)
         # The sine's argument reaches 1571 rad, where float32 is good to 2e-4 and no better.
         assert difference(embedding, data[name]) < 3e-4
 

@@ -669,7 +669,7 @@ def _approximate_size(config: Pi0Config) -> int:
         size += gemma.depth * gemma.width * (attention + 3 * gemma.mlp_dim)
     siglip = config.siglip
     size += siglip.depth * siglip.width * (4 * siglip.width + 2 * siglip.mlp_dim)
-    return size + siglip.tokens * siglip.width
+    return size + siglip.num_patches * siglip.width
 
 
 def _training_contradictions(run: Run) -> Iterator[str]:
