@@ -118,7 +118,7 @@ class Policy:
         config, size = self.config, self.config.siglip.image_size
         states = np.stack([item["state"] for item in observations])
         images = {
-            camera: jnp.stack(
+            camera: jnp.asarray(
                 [resize_with_pad(item["images"][source], size, size) for item in observations]
             )
             for camera, source in self.description.cameras.items()
