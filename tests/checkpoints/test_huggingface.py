@@ -262,7 +262,8 @@ def test_the_command_line_goes_both_ways_and_overwrites_nothing(tmp_path, monkey
         convert(*there)
     # A checkpoint of demo2eval says itself what it is.
     (checkpoint / "assets/me").mkdir(parents=True)
-    PolicyMetadata("pi05", overrides, "me", "", "", {}, 0, [], "", None, 7, True).write(checkpoint)
+    metadata = PolicyMetadata("pi05", overrides, "me", "", "", "", {}, 0, [], "", None, 7, True)
+    metadata.write(checkpoint)
     back = ("--to-safetensors", checkpoint, "--output", file, "--dtype", "bfloat16")
     convert(*back)
     assert {value.dtype for value in load_file(file).values()} == {BFLOAT16}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_weights import LEROBOT_FILE
+from golden_weights import lerobot_file
 from safetensors.numpy import load_file, save_file
 
 from demo2eval.checkpoints.safetensors_files import INDEX, open_tensors
@@ -21,7 +21,7 @@ def open_error(source: Path) -> str:
 
 def is_lerobots(source: Path) -> bool:
     """Whether a source holds the tensors of LeRobot's file, whose names begin with `model.`."""
-    tensors, golden = open_tensors(source), load_file(LEROBOT_FILE)
+    tensors, golden = open_tensors(source), load_file(lerobot_file())
     return tensors.keys() == {name.removeprefix("model.") for name in golden} and all(
         (tensors[name.removeprefix("model.")].read() == value).all()
         for name, value in golden.items()
@@ -30,7 +30,7 @@ def is_lerobots(source: Path) -> bool:
 
 def write_shards(folder: Path, count: int = 3) -> dict[str, str]:
     """Write LeRobot's tensors as `count` files with an index, and return {tensor: file}."""
-    tensors = load_file(LEROBOT_FILE)
+    tensors = load_file(lerobot_file())
     weight_map = {
         name: f"model-{1 + index % count:05d}-of-{count:05d}.safetensors"
         for index, name in enumerate(sorted(tensors))
@@ -44,8 +44,8 @@ def write_shards(folder: Path, count: int = 3) -> dict[str, str]:
 
 
 def test_a_file_and_the_folder_that_holds_it():
-    assert is_lerobots(LEROBOT_FILE)
-    assert is_lerobots(LEROBOT_FILE.parent)
+    assert is_lerobots(lerobot_file())
+    assert is_lerobots(lerobot_file().parent)
 
 
 def test_shards_and_the_files_beside_weights(tmp_path):
@@ -62,7 +62,7 @@ def test_shards_and_the_files_beside_weights(tmp_path):
 
 
 def test_damaged_files(tmp_path):
-    whole, file = LEROBOT_FILE.read_bytes(), tmp_path / "model.safetensors"
+    whole, file = lerobot_file().read_bytes(), tmp_path / "model.safetensors"
     damaged = {
         "its last byte is missing": whole[:-1],
         "its header is cut": whole[:5000],
