@@ -290,7 +290,7 @@ import sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 from demo2eval.checkpoints.huggingface import from_huggingface, to_huggingface
-from golden_weights import GOLDEN, lerobot_file(), PI05
+from golden_weights import PI05, lerobot_file
 from test_huggingface import LARGE
 
 def status(key):

@@ -52,10 +52,10 @@ def test_a_folder_without_metadata_is_a_sentence(tmp_path):
 
 def test_metadata_of_another_version_is_a_sentence(assets, tmp_path):
     file = assets / "policy.json"
-    file.write_text(file.read_text().replace('"action_dim"', '"action_width"'))
+    file.write_text(file.read_text().replace('"action_dim"', '"width"'))
     with pytest.raises(
         UserError,
-        match=rf"^{file} was written by another version \(.*'action_width'.*\); "
+        match=rf"^{file} was written by another version \(.*'width'.*\); "
         "make checkpoint 0 again.$",
     ):
         read_policy_metadata(tmp_path)

@@ -16,7 +16,7 @@ from demo2eval.provenance import read_manifest
 from demo2eval.training.init_checkpoint import init_checkpoint
 from demo2eval.training.train import train
 
-TRAINING = Training(batch_size=4, warmup_steps=2, peak_lr=1e-3, ema_decay=None)
+TRAINING = Training(batch_size=4, warmup_steps=2, peak_lr=1e-3, ema_decay=0.9)
 
 
 def make_checkpoint(run: Path, output: Path, **model) -> None:
@@ -70,31 +70,33 @@ def test_missing_weights_are_a_sentence(pushcube_run, tmp_path, model, sentence)
 
 def test_lora_trains_its_factors_on_base_weights_and_freezes_the_rest(pushcube_run, tmp_path):
     """Only what openpi would train moves, and it resumes bit for bit."""
-    image_cache = pushcube_run / "cache_64/manifest.json"
-    shutil.copytree(pushcube_run / "checkpoints", tmp_path / "base")
-    base = tmp_path / "base/3"
-    train(
-        tmp_path / "base/0.json", image_cache, base.with_suffix(".json"), step=3, training=TRAINING
-    )
-    for folder, steps in (("whole", [0, 6]), ("resumed", [0, 3, 6])):
-        make_checkpoint(
-            pushcube_run,
-            tmp_path / folder / "0.json",
-            variant="pi05_tiny_lora",
-            weights=str(base),
-            tokenizer=str(next(base.glob("assets/**/tokenizer.model"))),
-            continuous_state_token=True,
-            overrides={"vocab_size": read_policy_metadata(base).config.vocab_size},
-        )
-        for previous, step in pairwise(steps):
+
+    def train_steps(folder: Path, steps: list[int], training: Training) -> None:
+        for previous, step in pairwise([0, *steps]):
             train(
-                tmp_path / folder / f"{previous}.json",
-                image_cache,
-                tmp_path / folder / f"{step}.json",
+                folder / f"{previous}.json",
+                pushcube_run / "cache_64/manifest.json",
+                folder / f"{step}.json",
                 step=step,
-                training=TRAINING,
+                training=training,
                 actions=Actions(state_noise=0.03),
             )
+
+    shutil.copytree(pushcube_run / "checkpoints", tmp_path / "base")
+    train_steps(tmp_path / "base", [3], TRAINING)
+    base = tmp_path / "base/3"
+    make_checkpoint(
+        pushcube_run,
+        tmp_path / "whole/0.json",
+        variant="pi05_tiny_lora",
+        weights=str(base),
+        tokenizer=str(next(base.glob("assets/**/tokenizer.model"))),
+        continuous_state_token=True,
+        overrides={"vocab_size": read_policy_metadata(base).config.vocab_size},
+    )
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed", symlinks=True)
+    for folder, steps in (("whole", [6]), ("resumed", [3, 6])):
+        train_steps(tmp_path / folder, steps, TRAINING.model_copy(update={"ema_decay": None}))
     digests = {
         read_manifest(tmp_path / folder / "6.json")["digest"] for folder in ("whole", "resumed")
     }

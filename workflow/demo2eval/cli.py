@@ -13,7 +13,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from demo2eval.errors import UserError
@@ -41,8 +42,15 @@ def run(function: Callable[..., Any]) -> None:
     parser.add_function_arguments(function, as_group=False)
     arguments = Namespace(parser.instantiate_classes(parser.parse_args()))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
+    with report_errors():
         function(**arguments.as_dict())
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Turn a UserError into one sentence and exit status 1."""
+    try:
+        yield
     except UserError as error:
         sys.exit(f"demo2eval: error: {error}")
     except BrokenPipeError:

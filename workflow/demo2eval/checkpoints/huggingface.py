@@ -33,7 +33,7 @@ from demo2eval.checkpoints.mismatch import check_shapes
 from demo2eval.checkpoints.openpi import LazyArray, open_params, save_lazy_params
 from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.checkpoints.safetensors_files import open_tensors
-from demo2eval.cli import run
+from demo2eval.cli import report_errors
 from demo2eval.errors import UserError
 from demo2eval.pi0.config import Pi0Config, make_config
 from demo2eval.pi0.params import param_table
@@ -213,4 +213,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    with report_errors():
+        main()
