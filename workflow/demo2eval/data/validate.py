@@ -301,7 +301,7 @@ def _action_issues(actions: np.ndarray, control_mode: str) -> Iterator[str]:
     elif control_mode == "pd_joint_pos":
         yield from _joint_target_issues(actions)
     elif dim is not None and np.abs(actions).max(initial=0) > 1 + TOLERANCE:
-        yield f"its actions reach {np.abs(actions).max():.3g}, outside [-1, 1] of {control_mode}"
+        yield f"its actions reach {np.abs(actions).max():.3g}, outside the [-1, 1] of {control_mode}"
 
 
 def _joint_target_issues(actions: np.ndarray) -> Iterator[str]:
