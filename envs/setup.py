@@ -1,8 +1,7 @@
-"""Set-up of a fresh machine: uv, the locked environments, and a Vulkan device. `make setup` runs it with any python3 from 3.9 on.
+"""Set-up of a fresh machine: uv, the locked Python environments, and a Vulkan device.
 
-What is there already is left alone; a second run takes a second.
-
-It must run before anything is installed, so it uses the standard library alone.
+`make setup` runs it with any python3 from 3.9 on. What is there already is left alone; a second run
+takes a second. It must run before anything is installed, so it uses the standard library alone.
 """
 
 import argparse
@@ -61,14 +60,14 @@ def output_of(*command):
 # uv
 
 
-def is_recent(said):
-    """Whether `uv --version` said a version that can read our lock files."""
-    found = re.match(r"uv (\d+)\.(\d+)", said or "")
+def is_recent(version):
+    """Whether the output of `uv --version` is that of a uv that can read our lock files."""
+    found = re.match(r"uv (\d+)\.(\d+)", version or "")
     return bool(found) and tuple(map(int, found.groups())) >= UV_MINIMUM
 
 
 def find_uv():
-    """Return a uv that runs and is recent enough, the one that was fetched before or the system's, or None."""
+    """Return a uv that runs and is recent enough, fetched before or the system's, or None."""
     for candidate in (str(TOOLS / "uv"), shutil.which("uv")):
         if candidate and is_recent(output_of(candidate, "--version")):
             return candidate
@@ -76,7 +75,7 @@ def find_uv():
 
 
 def fetch_uv_with_pip(folder):
-    """Fetch uv's wheel into a folder with pip and return its path, or None where pip is missing or fails."""
+    """Fetch uv's wheel into a folder with pip; return its path, or None if pip does not work."""
     command = [
         sys.executable,
         "-m",
@@ -114,22 +113,24 @@ def fetch_uv_from_index(folder):
             for item in files
             if item["filename"].startswith(f"uv-{UV_VERSION}-py3-none-manylinux")
         ]
-        wanted = next((item for item in built if machine in item["filename"]), None)
-        if wanted is None:
+        wheel = next((item for item in built if machine in item["filename"]), None)
+        if wheel is None:
             raise SetupError(
-                f"there is no uv {UV_VERSION} for this machine ({machine}); only Linux on x86_64 has been tried."
+                f"there is no uv {UV_VERSION} for this machine ({machine}); only Linux on x86_64 "
+                "has been tried."
             )
         with urllib.request.urlopen(
-            urllib.parse.urljoin(index.full_url, wanted["url"]), timeout=300
+            urllib.parse.urljoin(index.full_url, wheel["url"]), timeout=300
         ) as response:
             content = response.read()
     except (OSError, KeyError, ValueError) as error:
         raise SetupError(
-            f"uv could not be fetched ({error}); install it as https://docs.astral.sh/uv says, and run `make setup` again."
+            f"uv could not be fetched ({error}); install it as https://docs.astral.sh/uv says, and "
+            "run `make setup` again."
         ) from None
-    if hashlib.sha256(content).hexdigest() != wanted["hashes"].get("sha256"):
+    if hashlib.sha256(content).hexdigest() != wheel["hashes"].get("sha256"):
         raise SetupError("uv was fetched damaged; run `make setup` again.")
-    path = folder / wanted["filename"]
+    path = folder / wheel["filename"]
     path.write_bytes(content)
     return path
 
@@ -149,7 +150,8 @@ def get_uv():
     (TOOLS / "uv").chmod(0o755)
     if not output_of(str(TOOLS / "uv"), "--version"):
         raise SetupError(
-            "the uv that was fetched does not run on this machine; install it as https://docs.astral.sh/uv says."
+            "the uv that was fetched does not run on this machine; install it as "
+            "https://docs.astral.sh/uv says."
         )
     return str(TOOLS / "uv")
 
@@ -172,16 +174,19 @@ def python_candidates():
 
 
 def find_python():
-    """Return a Python 3.12 that runs and says that it is one, by its real path: a shim would mislead uv. None if there is none."""
+    """Return a Python 3.12 that runs, or None.
+
+    It is named by its real path: a shim would mislead uv.
+    """
     for candidate in python_candidates():
         if os.path.isfile(candidate):
-            said = output_of(
+            output = output_of(
                 candidate,
                 "-c",
                 "import sys, venv; print('%d.%d' % sys.version_info[:2], sys.executable)",
             )
-            if said and said.startswith(PYTHON + " "):
-                return said.split(" ", 1)[1].strip()
+            if output and output.startswith(PYTHON + " "):
+                return output.split(" ", 1)[1].strip()
     return None
 
 
@@ -196,11 +201,11 @@ def has_nvidia_gpu():
 
 
 def renders_on_gpu(gpu):
-    """Whether pictures shall come from the GPU: where there is one, unless the user says otherwise."""
-    wanted = os.environ.get(BACKEND_VARIABLE)
-    if wanted and wanted not in ("cpu", "gpu"):
-        raise SetupError(f"{BACKEND_VARIABLE} is {wanted!r}; set it to cpu or gpu, or not at all.")
-    return wanted == "gpu" if wanted else gpu
+    """Whether the GPU renders images: where there is one, unless the user says otherwise."""
+    backend = os.environ.get(BACKEND_VARIABLE)
+    if backend and backend not in ("cpu", "gpu"):
+        raise SetupError(f"{BACKEND_VARIABLE} is {backend!r}; set it to cpu or gpu, or not at all.")
+    return backend == "gpu" if backend else gpu
 
 
 def sync(uv, folder, *options):
@@ -209,26 +214,28 @@ def sync(uv, folder, *options):
     stamp_text = hashlib.sha256(content + repr(options).encode()).hexdigest()
     stamp = folder / ".venv" / ".demo2eval-stamp"
     command = [uv, "sync", "--locked", "--quiet", "--project", str(folder), *options]
-    environment = {
+    env = {
         key: value
         for key, value in os.environ.items()
         if key not in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")
     }
-    # The stamp knows whether uv came to its end, and uv whether anything has gone since then; a user's own additions may stay.
+    # The stamp knows whether uv came to its end, and uv whether anything has gone since then; a
+    # user's own additions may stay.
     if (
         stamp.exists()
         and stamp.read_text() == stamp_text
         and (folder / ".venv/bin/python").exists()
     ):
-        asked = subprocess.run(
+        check = subprocess.run(
             [*command, "--check", "--inexact", "--offline"],
-            env=environment,
+            env=env,
             stderr=subprocess.DEVNULL,
         )
-        if asked.returncode == 0:
+        if check.returncode == 0:
             return
     python = find_python()
-    # What is half changed is not what the stamp says, even if the lock file goes back to what it was.
+    # What is half changed is not what the stamp says, even if the lock file goes back to what
+    # it was.
     with contextlib.suppress(FileNotFoundError):
         stamp.unlink()
     started = time.time()
@@ -238,12 +245,14 @@ def sync(uv, folder, *options):
         )
     )
     command += ["--python", python or PYTHON]
-    # An environment that was made when opencv-python was locked too would lose the files that both unpack.
+    # An environment that was made when opencv-python was locked too would lose the files that
+    # both unpack.
     command += ["--reinstall-package", "opencv-python-headless"]
-    if subprocess.run(command, env=environment).returncode:
+    if subprocess.run(command, env=env).returncode:
         raise SetupError(
-            f"uv could not make {folder.relative_to(ROOT)}/.venv; see its words above. Where no Python {PYTHON} is on the PATH, uv "
-            f"downloads one: where it may not, install Python {PYTHON}."
+            f"uv could not make {folder.relative_to(ROOT)}/.venv; see its words above. Where no "
+            f"Python {PYTHON} is on the PATH, uv downloads one: where it may not, install Python "
+            f"{PYTHON}."
         )
     stamp.write_text(stamp_text)
     say("made {} in {:.0f} s".format(folder.relative_to(ROOT) / ".venv", time.time() - started))
@@ -253,7 +262,7 @@ def sync(uv, folder, *options):
 
 
 def renders(device):
-    """Whether SAPIEN can render on a device, "cuda" or "cpu"; asked of the environment that was just made."""
+    """Whether SAPIEN, in the Python environment that was just made, can render on cuda or cpu."""
     code = f"import sapien; sapien.render.RenderSystem(sapien.Device({device!r}))"
     command = [str(ROOT / ".venv/bin/python"), "-c", code]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -282,20 +291,25 @@ def parse_os_release(text):
 
 
 def debian_source(text):
-    """Return the entry of Debian 12 itself in a source file of apt, with its backports added, or None if it has none.
+    """Return Debian 12's own entry in a source file of apt, with its backports added, or None.
 
-    Takes the content of a .sources (deb822) or .list (one-line) file. Other distributors call their suites bookworm too; Debian's own
-    mirror has "debian" in its address and a component "main". Where packages come from, and the key that signs them, stay as they are.
+    Takes the content of a .sources (deb822) or .list (one-line) file. Other distributors call
+    their suites bookworm too; Debian's own mirror has "debian" in its address and a component
+    "main". Where packages come from, and the key that signs them, stay as they are.
     """
     for stanza in re.split(r"\n\s*\n", text):
         fields = {
             key: value.split()
             for key, value in re.findall(r"^([A-Z][\w-]*):(.*)$", stanza, re.MULTILINE)
         }
-        ours = "debian" in "".join(fields.get("URIs", [])) and "main" in fields.get(
+        is_debian = "debian" in "".join(fields.get("URIs", [])) and "main" in fields.get(
             "Components", []
         )
-        if ours and "deb" in fields.get("Types", []) and "bookworm" in fields.get("Suites", []):
+        if (
+            is_debian
+            and "deb" in fields.get("Types", [])
+            and "bookworm" in fields.get("Suites", [])
+        ):
             kept = re.sub(r"^Types:.*$", "Types: deb", stanza, flags=re.MULTILINE)
             return (
                 re.sub(
@@ -334,16 +348,17 @@ def run_apt(*arguments, cwd=None):
         subprocess.CalledProcessError: if it failed; its error messages are on the terminal.
     """
     command = ["apt-get", "-qq", "-y", "-o", "Dpkg::Use-Pty=0", *arguments]
-    environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive", LC_ALL="C")
+    env = dict(os.environ, DEBIAN_FRONTEND="noninteractive", LC_ALL="C")
     return subprocess.run(
-        command, env=environment, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True
+        command, env=env, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True
     ).stdout
 
 
 def apt_state(folder, system):
-    """Return options that give apt-get package lists of its own in a folder, so that the machine's are neither needed nor changed.
+    """Return options that give apt-get package lists of its own in a folder.
 
-    On Debian 12 they come from Debian and its backports alone, else from the machine's sources.
+    The machine's are neither needed nor changed. On Debian 12 they come from Debian and its
+    backports alone, else from the machine's sources.
     """
     for name in ("lists/partial", "cache/archives/partial", "sources"):
         (folder / name).mkdir(parents=True)
@@ -405,7 +420,7 @@ def unpacked_environment():
 
 
 def get_mesa(system):
-    """Install Mesa's software renderer as root, or unpack it beside the environments as anybody else; say what failed."""
+    """Install Mesa's software renderer as root, or unpack it into .tools; say what failed."""
     TOOLS.mkdir(exist_ok=True)
     root = os.geteuid() == 0
     say(
@@ -426,7 +441,7 @@ def get_mesa(system):
 
 
 def advice(name, version):
-    """Return what installs a new enough Mesa on an operating system, a command where we know one."""
+    """Return a command that installs a new enough Mesa, or advice where we know none."""
     if (name, version) == ("debian", "12"):
         line = "deb http://deb.debian.org/debian bookworm-backports main"
         return (
@@ -434,7 +449,8 @@ def advice(name, version):
             f'apt-get install -y -t bookworm-backports {" ".join(MESA_PACKAGES)}"'
         )
     if name in ("debian", "ubuntu"):
-        return f"sudo apt-get install -y {' '.join(MESA_PACKAGES)} (a release that has Mesa {MESA_MAJOR})"
+        packages = " ".join(MESA_PACKAGES)
+        return f"sudo apt-get install -y {packages} (a release that has Mesa {MESA_MAJOR})"
     if name in ("fedora", "rhel", "rocky", "almalinux"):
         return "sudo dnf install -y mesa-vulkan-drivers vulkan-loader"
     return (
@@ -443,9 +459,10 @@ def advice(name, version):
 
 
 def set_up_vulkan(gpu):
-    """See to it that SAPIEN can render: on the GPU with its driver, else with Mesa's software renderer.
+    """See to it that SAPIEN can render: on the GPU, else with Mesa's software renderer.
 
-    Rendering is tried only when the drivers that the system lists, or ours, have changed since it last worked.
+    Rendering is tried only when the drivers that the system lists, or ours, have changed since it
+    last worked.
     """
     device = "cuda" if gpu else "cpu"
     stamp = ROOT / ".venv" / ".demo2eval-renders"
@@ -461,8 +478,9 @@ def set_up_vulkan(gpu):
     works = renders(device)
     if not works and gpu:
         raise SetupError(
-            "there is a GPU but its driver does not render; install the Vulkan loader (sudo apt-get install -y libvulkan1), in a "
-            f"container set NVIDIA_DRIVER_CAPABILITIES=all, or let the CPU render: {BACKEND_VARIABLE}=cpu make setup."
+            "there is a GPU but its driver does not render; install the Vulkan loader (sudo "
+            "apt-get install -y libvulkan1), in a container set NVIDIA_DRIVER_CAPABILITIES=all, or "
+            f"let the CPU render: {BACKEND_VARIABLE}=cpu make setup."
         )
     release = Path("/etc/os-release")
     system = parse_os_release(release.read_text()) if release.exists() else ("", "")
@@ -471,7 +489,8 @@ def set_up_vulkan(gpu):
         works = renders(device)
     if not works:
         raise SetupError(
-            f"the simulator cannot render with Mesa {mesa_version() or '(missing)'}; run: {advice(*system)}"
+            f"ManiSkill cannot render with Mesa {mesa_version() or '(missing)'}; run: "
+            f"{advice(*system)}"
         )
     stamp.write_text(drivers())
     if unpacked_environment():

@@ -103,3 +103,37 @@ def pushcube_shards(pushcube_replay, tmp_path_factory) -> list[Path]:
         (shard / "manifest.json").write_text(manifest)
         manifests.append(shard / "manifest.json")
     return manifests
+
+
+@pytest.fixture(scope="session")
+def pushcube_run(pushcube_replay, tmp_path_factory) -> Path:
+    """A run's folder: dataset, norm stats, image caches of two sizes, and checkpoint 0.
+
+    The model of pi05_tiny takes images of 64 pixels; the images of cache_128 have yet to be resized.
+    """
+    from demo2eval.config import Actions, Dataset, Model, Replay
+    from demo2eval.data.dataset import build_dataset
+    from demo2eval.data.image_cache import build_image_cache
+    from demo2eval.data.norm_stats import compute_norm_stats
+    from demo2eval.training.init_checkpoint import init_checkpoint
+
+    folder, task = tmp_path_factory.mktemp("run"), find_task("PushCube-v1")
+    dataset, norm_stats = folder / "dataset/manifest.json", folder / "norm_stats/manifest.json"
+    build_dataset([pushcube_replay], dataset, prompt=task.prompt)
+    for image_size in (64, 128):
+        output = folder / f"cache_{image_size}/manifest.json"
+        build_image_cache(dataset, output, image_size=image_size)
+    actions = Actions(action_horizon=8, per_timestep_action_stats=True, min_scale=0.02)
+    compute_norm_stats(dataset, norm_stats, actions=actions)
+    init_checkpoint(
+        norm_stats,
+        folder / "checkpoints/0.json",
+        task="PushCube-v1",
+        prompt=task.prompt,
+        robot=task.robot,
+        replay=Replay(),
+        dataset=Dataset(),
+        actions=actions,
+        model=Model(variant="pi05_tiny", weights=None, tokenizer=None, continuous_state_token=True),
+    )
+    return folder

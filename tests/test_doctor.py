@@ -23,7 +23,7 @@ def driver(tmp_path, monkeypatch):
 def test_this_machine_can_run_the_quickstart():
     lines = dict(zip(doctor.CHECKS, doctor.diagnose(), strict=True))
     # The disk may be too full for a quickstart and still have room for the tests.
-    assert [name for name, (good, _) in lines.items() if not good and name != "machine"] == []
+    assert [name for name, (ok, _) in lines.items() if not ok and name != "machine"] == []
     assert "mplib" in lines["planning"][1]
     assert "on the " in lines["vulkan"][1]
     assert "cores" in lines["machine"][1]
@@ -31,16 +31,16 @@ def test_this_machine_can_run_the_quickstart():
 
 def test_a_missing_environment_is_named(monkeypatch):
     monkeypatch.setattr(doctor, "PLANNING_PYTHON", doctor.ROOT / "envs/missing/bin/python")
-    good, found, use = doctor.check_planning()
-    assert not good
+    ok, found, use = doctor.check_planning()
+    assert not ok
     assert found == "envs/missing/bin/python does not exist"
     assert "make setup" in use
 
 
 def test_a_machine_without_a_vulkan_device_is_not_well(monkeypatch):
     monkeypatch.setenv("VK_ICD_FILENAMES", "/does/not/exist.json")
-    good, _, use = doctor.check_vulkan()
-    assert not good
+    ok, _, use = doctor.check_vulkan()
+    assert not ok
     assert "make setup" in use
 
 
@@ -53,8 +53,8 @@ def test_a_machine_without_a_vulkan_device_is_not_well(monkeypatch):
 )
 def test_what_a_gpu_is_good_for_follows_from_its_memory(driver, line, expected):
     driver("Small GPU, 4096", line)
-    good, found, use = doctor.check_gpu()
-    assert good
+    ok, found, use = doctor.check_gpu()
+    assert ok
     assert found.startswith("2 x " + line.split(",")[0])
     assert use == expected
 
@@ -62,15 +62,15 @@ def test_what_a_gpu_is_good_for_follows_from_its_memory(driver, line, expected):
 def test_a_gpu_that_jax_does_not_see_is_not_well(driver, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     driver("NVIDIA GeForce RTX 4090, 24564")
-    good, _, use = doctor.check_jax()
-    assert not good
+    ok, _, use = doctor.check_jax()
+    assert not ok
     assert "make setup" in use
 
 
 def test_a_full_disk_is_said(monkeypatch):
     monkeypatch.setattr(doctor, "QUICKSTART_DISK_GIB", 10**9)
-    good, _, use = doctor.check_machine()
-    assert not good
+    ok, _, use = doctor.check_machine()
+    assert not ok
     assert "make room" in use
 
 

@@ -1,4 +1,4 @@
-"""Set-up: what it finds, what it leaves alone, and the package source that it makes for Debian 12."""
+"""Set-up: what it finds, what it leaves alone, and its package source for Debian 12."""
 
 import ast
 import importlib.util
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from demo2eval.maniskill import env as environment
+from demo2eval.maniskill import env as env_module
 
 SCRIPT = Path(__file__).resolve().parent.parent / "envs/setup.py"
 
@@ -68,7 +68,7 @@ def test_the_script_is_python_3_9_and_needs_no_package():
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("version", "expected"),
     [
         ("uv 0.13.9 (x86_64-unknown-linux-gnu)\n", True),
         ("uv 0.7.0", True),
@@ -78,8 +78,8 @@ def test_the_script_is_python_3_9_and_needs_no_package():
         ("pyenv: uv: command not found", False),
     ],
 )
-def test_an_old_uv_is_not_used(setup_script, said, expected):
-    assert setup_script.is_recent(said) is expected
+def test_an_old_uv_is_not_used(setup_script, version, expected):
+    assert setup_script.is_recent(version) is expected
 
 
 def test_a_python_that_does_not_run_is_passed_over(setup_script, tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_removed_environment_is_made_again(setup_script, project, removed):
 
 
 def test_no_environment_needs_a_display():
-    """OpenCV with windows needs libGL, which bare servers lack; it would also overwrite files of the one without."""
+    """OpenCV with windows needs libGL, which bare servers lack, and overwrites the one without."""
     for folder in (SCRIPT.parent.parent, SCRIPT.parent / "planning"):
         locked = {
             package["name"]
@@ -188,7 +188,7 @@ def test_no_backports_are_made_from_another_source(setup_script, text):
 
 
 def test_the_operating_system_is_read(setup_script):
-    debian = 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nVERSION_ID="12"\nVERSION="12 (bookworm)"\nID=debian\n'
+    debian = 'VERSION_ID="12"\nVERSION="12 (bookworm)"\nID=debian\n'
     assert setup_script.parse_os_release(debian) == ("debian", "12")
     assert setup_script.parse_os_release("ID=arch\n") == ("arch", "")
 
@@ -204,10 +204,10 @@ def test_an_unpacked_mesa_is_found_by_set_up_and_by_a_shell(setup_script, tmp_pa
         "LD_LIBRARY_PATH": "/a folder/lib",
         "VK_ICD_FILENAMES": "/a folder/lvp.json",
     }
-    said = subprocess.run(
+    output = subprocess.run(
         ["sh", "-c", f". {file}; echo $VK_ICD_FILENAMES"], capture_output=True, text=True
     ).stdout
-    assert said == "/a folder/lvp.json\n"
+    assert output == "/a folder/lvp.json\n"
 
 
 def test_rendering_is_tried_and_not_believed(setup_script, monkeypatch):
@@ -220,10 +220,10 @@ def test_rendering_is_tried_and_not_believed(setup_script, monkeypatch):
     assert not setup_script.renders("cpu")
 
 
-def test_set_up_and_simulator_take_the_same_for_a_gpu(setup_script, tmp_path, monkeypatch):
-    assert setup_script.GPU_DEVICES == environment.GPU_DEVICES
-    assert setup_script.BACKEND_VARIABLE == environment.BACKEND_VARIABLE
-    for script in (setup_script, environment):
+def test_set_up_and_env_take_the_same_for_a_gpu(setup_script, tmp_path, monkeypatch):
+    assert setup_script.GPU_DEVICES == env_module.GPU_DEVICES
+    assert setup_script.BACKEND_VARIABLE == env_module.BACKEND_VARIABLE
+    for script in (setup_script, env_module):
         monkeypatch.setattr(script, "GPU_DEVICES", (str(tmp_path / "nvidia[0-9]*"),))
     monkeypatch.delenv(setup_script.BACKEND_VARIABLE, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -237,9 +237,9 @@ def test_set_up_and_simulator_take_the_same_for_a_gpu(setup_script, tmp_path, mo
         program.chmod(0o755)
         if device:
             (tmp_path / device).touch()
-        environment.render_backend.cache_clear()
-        assert setup_script.has_nvidia_gpu() == (environment.render_backend() == "gpu")
-    environment.render_backend.cache_clear()
+        env_module.render_backend.cache_clear()
+        assert setup_script.has_nvidia_gpu() == (env_module.render_backend() == "gpu")
+    env_module.render_backend.cache_clear()
 
 
 def test_the_user_decides_what_renders(setup_script, monkeypatch):

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from golden_data import lerobot_folder
 from safetensors.numpy import load_file, save_file
 from test_openpi import CONFIG, GOLDEN, PI0, golden_params, with_lora
 
@@ -36,13 +37,17 @@ from demo2eval.errors import UserError
 from demo2eval.pi0.config import GemmaConfig, Pi0Config, SiglipConfig
 from demo2eval.pi0.params import flatten, table, unflatten
 
-LEROBOTS = GOLDEN / "hf_pi05/model.safetensors"
+
+@pytest.fixture(scope="module")
+def lerobot_file(tmp_path_factory) -> Path:
+    """The file that LeRobot wrote."""
+    return lerobot_folder(tmp_path_factory.mktemp("lerobot"), CONFIG, GOLDEN) / "model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def tensors() -> dict[str, np.ndarray]:
+def tensors(lerobot_file) -> dict[str, np.ndarray]:
     """What LeRobot's own file holds, names without `model.`."""
-    return {name.removeprefix("model."): value for name, value in load_file(LEROBOTS).items()}
+    return {name.removeprefix("model."): value for name, value in load_file(lerobot_file).items()}
 
 
 def opened(source: Path, config: Pi0Config = CONFIG) -> dict[str, np.ndarray]:
@@ -78,9 +83,9 @@ def write_shards(folder: Path, tensors: dict[str, np.ndarray], count: int = 3) -
     return places
 
 
-def test_lerobots_file_gives_openpis_arrays():
-    assert equal(opened(LEROBOTS), golden_params())
-    assert equal(opened(LEROBOTS.parent), golden_params())
+def test_lerobots_file_gives_openpis_arrays(lerobot_file):
+    assert equal(opened(lerobot_file), golden_params())
+    assert equal(opened(lerobot_file.parent), golden_params())
 
 
 def test_every_published_form_gives_the_same(tensors, tmp_path):
@@ -142,9 +147,9 @@ def test_arrays_of_two_types_keep_theirs(tensors, tmp_path):
     assert equal({**again, EXPERT_HEAD: mixed[EXPERT_HEAD]}, mixed)
 
 
-def test_another_type_can_be_asked_for(tmp_path):
+def test_another_type_can_be_asked_for(lerobot_file, tmp_path):
     half = np.dtype(ml_dtypes.bfloat16)
-    from_huggingface(LEROBOTS, tmp_path / "params", CONFIG, half)
+    from_huggingface(lerobot_file, tmp_path / "params", CONFIG, half)
     expected = {name: value.astype(half) for name, value in golden_params().items()}
     assert equal(flatten(load_params(tmp_path / "params", CONFIG)), expected)
     to_huggingface(
@@ -155,8 +160,8 @@ def test_another_type_can_be_asked_for(tmp_path):
     }
 
 
-def test_what_is_written_array_by_array_is_read_the_way_openpi_does(tmp_path):
-    from_huggingface(LEROBOTS, tmp_path / "params", CONFIG)
+def test_what_is_written_array_by_array_is_read_the_way_openpi_does(lerobot_file, tmp_path):
+    from_huggingface(lerobot_file, tmp_path / "params", CONFIG)
     with ocp.PyTreeCheckpointer() as checkpointer:
         template = {"params": checkpointer.metadata(tmp_path / "params").item_metadata["params"]}
         arguments = {
@@ -199,9 +204,9 @@ PI0_ALONE += [*(f"{name}.weight" for name in NORMS), "state_proj.bias", "state_p
 
 
 @pytest.mark.parametrize("family", ["pi05", "pi0"])
-def test_weights_of_the_other_family_are_named_array_by_array(tmp_path, family):
+def test_weights_of_the_other_family_are_named_array_by_array(lerobot_file, tmp_path, family):
     if family == "pi05":
-        source, config, missing, extra = LEROBOTS, PI0, PI0_ALONE, PI05_ALONE
+        source, config, missing, extra = lerobot_file, PI0, PI0_ALONE, PI05_ALONE
     else:
         source, config, missing, extra = (
             tmp_path / "model.safetensors",
@@ -218,9 +223,9 @@ def test_weights_of_the_other_family_are_named_array_by_array(tmp_path, family):
     )
 
 
-def test_other_sizes_name_the_misshapen_and_what_to_set():
-    assert refused(LEROBOTS, dataclasses.replace(CONFIG, vocab_size=2048)) == (
-        f"{LEROBOTS} does not hold the weights of this pi05 model: misshapen {TIED_EMBEDDING} [1024, 64] instead of [2048, 64];"
+def test_other_sizes_name_the_misshapen_and_what_to_set(lerobot_file):
+    assert refused(lerobot_file, dataclasses.replace(CONFIG, vocab_size=2048)) == (
+        f"{lerobot_file} does not hold the weights of this pi05 model: misshapen {TIED_EMBEDDING} [1024, 64] instead of [2048, 64];"
         ' these are weights of pi05 in another size: set model.overrides (--model-overrides) to {"vocab_size": 1024}.'
     )
     deeper = dataclasses.replace(CONFIG, paligemma=dataclasses.replace(CONFIG.paligemma, depth=6))
@@ -231,8 +236,8 @@ def test_other_sizes_name_the_misshapen_and_what_to_set():
         "post_attention_layernorm",
     ]
     names += [f"self_attn.{name}_proj" for name in "koqv"]
-    assert refused(LEROBOTS, deeper) == (
-        f"{LEROBOTS} does not hold the weights of this pi05 model: missing {', '.join(f'{tower}{name}.weight' for name in names)};"
+    assert refused(lerobot_file, deeper) == (
+        f"{lerobot_file} does not hold the weights of this pi05 model: missing {', '.join(f'{tower}{name}.weight' for name in names)};"
         ' these are weights of pi05 in another size: set model.overrides (--model-overrides) to {"paligemma.depth": 4}.'
     )
 
@@ -258,8 +263,8 @@ def test_two_embeddings_that_differ(tensors, tmp_path):
     )
 
 
-def test_cut_files(tmp_path):
-    whole, file = LEROBOTS.read_bytes(), tmp_path / "model.safetensors"
+def test_cut_files(lerobot_file, tmp_path):
+    whole, file = lerobot_file.read_bytes(), tmp_path / "model.safetensors"
     for length, said in (
         (
             len(whole) - 1,
@@ -318,7 +323,9 @@ def test_what_has_no_form_in_safetensors(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_the_command_line_goes_both_ways_and_overwrites_nothing(tmp_path, monkeypatch):
+def test_the_command_line_goes_both_ways_and_overwrites_nothing(
+    lerobot_file, tmp_path, monkeypatch
+):
     def convert(*arguments) -> None:
         monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
         main()
@@ -334,7 +341,7 @@ def test_the_command_line_goes_both_ways_and_overwrites_nothing(tmp_path, monkey
     checkpoint, file = tmp_path / "base", tmp_path / "out/model.safetensors"
     there = (
         "--from-safetensors",
-        LEROBOTS.parent,
+        lerobot_file.parent,
         "--output",
         checkpoint,
         "--model-overrides",

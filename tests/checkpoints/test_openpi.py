@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from golden_data import assert_equal, read
 
 from demo2eval.checkpoints.mismatch import family_of
 from demo2eval.checkpoints.openpi import load_params, save_params
@@ -30,8 +31,7 @@ CONFIG = Pi0Config(
 
 
 def golden_params(family: str = "pi05") -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"{family}_params.npz") as file:
-        return {name: file[name] for name in file.files}
+    return read(f"{family}_params", GOLDEN)
 
 
 def refused(*arguments) -> str:
@@ -42,12 +42,12 @@ def refused(*arguments) -> str:
 
 def test_openpis_checkpoint_is_read():
     flat = flatten(load_params(CHECKPOINT / "params", CONFIG))
-    with np.load(GOLDEN / "pi05_ema_train3.npz") as file:
-        assert {f"ema_after3/{name}" for name in flat} == {
-            name for name in file.files if name.startswith("ema_after3/")
-        }
-        for name, value in flat.items():
-            np.testing.assert_array_equal(value, file[f"ema_after3/{name}"])
+    golden = read("pi05_ema_train3", GOLDEN)
+    assert {f"ema_after3/{name}" for name in flat} == {
+        name for name in golden if name.startswith("ema_after3/")
+    }
+    for name, value in flat.items():
+        assert_equal(value, golden[f"ema_after3/{name}"], name)
 
 
 def test_what_is_written_is_read_the_way_openpi_does(tmp_path):

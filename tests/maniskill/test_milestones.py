@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import TASKS, find_task
 
-from demo2eval.data.replay import begin
-from demo2eval.data.trajectory import read_demonstrations
+from demo2eval.data.replay import reset_to_start
+from demo2eval.data.trajectory import read_trajectory_file
 from demo2eval.maniskill.env import make_env
 from demo2eval.maniskill.milestones import NOTHING, MilestoneTracker
 
@@ -16,7 +16,7 @@ def passed_milestones(task_name: str, demo) -> list[str]:
     """Execute a demonstration; return the furthest milestones, without repetition."""
     task = find_task(task_name)
     env = make_env(task_name, robot=task.robot, control_mode=demo.control_mode)
-    begin(env, demo)
+    reset_to_start(env, demo)
     tracker = MilestoneTracker(env, task.object, task.milestones)
     furthest = [tracker.furthest]
     for action in demo.actions:
@@ -29,7 +29,7 @@ def passed_milestones(task_name: str, demo) -> list[str]:
 @pytest.mark.parametrize("task", ["PushCube-v1", "StackCube-v1"])
 def test_a_demonstration_passes_every_milestone_in_order(task, pushcube_demos, stackcube_demos):
     manifest = {"PushCube-v1": pushcube_demos, "StackCube-v1": stackcube_demos}[task]
-    demo = read_demonstrations(manifest.parent / "trajectory.h5", task)[0][0]
+    demo = read_trajectory_file(manifest.parent / "trajectory.h5").demos[0]
     assert passed_milestones(task, demo) == [NOTHING, *find_task(task).milestones.names]
 
 

@@ -27,6 +27,7 @@ class PolicyDescription:
     model_overrides: dict
     asset_id: str
     task: str
+    robot: str
     prompt: str
     cameras: dict[str, str]
     image_size_rendered: int

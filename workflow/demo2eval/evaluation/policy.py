@@ -1,4 +1,4 @@
-"""A checkpoint as a policy: observations in, chunks of actions out, with training's own transforms."""
+"""A checkpoint as a policy: observations in, action chunks out, with training's own transforms."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,14 +17,19 @@ from demo2eval.pi0.tokenizer import Tokenizer
 from demo2eval.pi0.transforms import absolute_actions, pad, resize_with_pad
 
 BATCH_SIZES = {"cpu": 4, "gpu": 8}
-"""Looks answered at once, by JAX's backend: a CPU's time grows with the batch, a GPU's hardly."""
+"""By JAX's backend: a CPU's time grows with the batch, a GPU's hardly."""
 
 
 class Policy:
-    """A loaded checkpoint that answers looks, always with the same compiled batch size.
+    """A loaded checkpoint, which always infers with the same compiled batch size.
 
-    Batches of different sizes differ in their last bits, which a contact in the simulator turns into another episode. One fixed size
-    makes the answer to a look independent of how many are asked together.
+    Batches of different sizes differ in their last bits, which a contact in the simulation turns
+    into another episode. One fixed size makes the actions for an observation independent of how
+    many observations come together.
+
+    Attributes:
+        description: the checkpoint's policy.json.
+        config: the model's `Pi0Config`.
     """
 
     def __init__(self, checkpoint: Path, *, num_steps: int = 10, batch_size: int | None = None):
@@ -33,7 +38,7 @@ class Policy:
         Args:
             checkpoint: the folder of a step, results/<run>/checkpoints/<step>.
             num_steps: Euler steps from noise to actions.
-            batch_size: looks answered at once; None takes that of `BATCH_SIZES`.
+            batch_size: observations inferred at once; None takes that of `BATCH_SIZES`.
 
         Raises:
             UserError: if something of the checkpoint is missing or does not fit.
@@ -52,37 +57,64 @@ class Policy:
         )
 
     def compile(self) -> None:
-        """Compile the model, which the first answer would do otherwise."""
+        """Compile the model, which the first `infer` would do otherwise."""
         size = self.description.image_size_rendered
-        black = {
-            camera: np.zeros((size, size, 3), np.uint8)
-            for camera in self.description.cameras.values()
-        }
+        black = np.zeros((size, size, 3), np.uint8)
+        images = dict.fromkeys(self.description.cameras.values(), black)
         state = np.zeros(self._stats["state"].mean.shape[-1], np.float32)
-        self.act([{"images": black, "state": state}], [self.noise(0, 0, 0)])
+        self.infer([{"images": images, "state": state}], [self.draw_noise(0, 0, 0)])
 
-    def noise(self, policy_seed: int, episode_seed: int, look: int) -> np.ndarray:
-        """Return the noise of one look, float32 [horizon, action_dim]; it depends on these three numbers alone."""
-        generator = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([policy_seed, episode_seed, look]))
-        )
-        return generator.standard_normal(
+    def draw_noise(self, policy_seed: int, episode_seed: int, index: int) -> np.ndarray:
+        """Return the noise of policy call `index` of an episode, float32 [horizon, action_dim].
+
+        It depends on these three numbers alone.
+        """
+        sequence = np.random.SeedSequence([policy_seed, episode_seed, index])
+        return np.random.Generator(np.random.Philox(sequence)).standard_normal(
             (self.config.action_horizon, self.config.action_dim), dtype=np.float32
         )
 
-    def inputs(self, observations: Sequence[Mapping]) -> Observation:
-        """Return what the model sees of looks.
+    def infer(self, observations: Sequence[Mapping], noise: Sequence[np.ndarray]) -> np.ndarray:
+        """Return a chunk of actions for each observation.
 
         Args:
-            observations: n looks, {"images": {ManiSkill's camera: uint8 [h, w, 3]}, "state": float32 [S]}.
+            observations: n times {"images": {ManiSkill's camera: uint8 [h, w, 3]}, "state": float32
+                [state dim]}.
+            noise: n times float32 [horizon, action_dim].
 
         Returns:
-            an `Observation` of n.
+            float32 [n, horizon, dim of ManiSkill's action], as `transform_outputs`.
+
+        Raises:
+            UserError: if the model's output is not finite.
         """
-        size, states = (
-            self.config.siglip.image_size,
-            np.stack([item["state"] for item in observations]),
+        size = self.batch_size
+        chunks = np.concatenate(
+            [
+                self._sample_batch(observations[start : start + size], noise[start : start + size])
+                for start in range(0, len(observations), size)
+            ]
         )
+        if not np.isfinite(chunks).all():
+            raise UserError(
+                f"the policy in {self._checkpoint} returns actions that are not finite; its "
+                "training diverged."
+            )
+        return self.transform_outputs(chunks, np.stack([item["state"] for item in observations]))
+
+    def _sample_batch(
+        self, observations: Sequence[Mapping], noise: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """Fill the batch up with its last observation, sample, and return what was asked for."""
+        missing = self.batch_size - len(observations)
+        inputs = self.transform_inputs([*observations, *[observations[-1]] * missing])
+        filled = np.stack([*noise, *[noise[-1]] * missing])
+        return np.asarray(self._sample(self._folded, inputs, filled))[: len(observations)]
+
+    def transform_inputs(self, observations: Sequence[Mapping]) -> Observation:
+        """Return what the model gets of observations, as `infer` takes them."""
+        config, size = self.config, self.config.siglip.image_size
+        states = np.stack([item["state"] for item in observations])
         images = {
             camera: np.stack(
                 [resize_with_pad(item["images"][source], size, size) for item in observations]
@@ -93,64 +125,34 @@ class Policy:
         prompts = [
             self._tokenizer.tokenize(
                 self.description.prompt,
-                state if self.config.discrete_state_input else None,
-                self.config.max_token_len,
+                state if config.discrete_state_input else None,
+                config.max_token_len,
             )
             for state in normalized
         ]
-        ids, masks = (np.stack(parts) for parts in zip(*prompts, strict=True))
-        # With the state in it, the prompt's length changes from look to look.
-        padded = self.config.discrete_state_input or not masks.all()
+        tokens, masks = (np.stack(arrays) for arrays in zip(*prompts, strict=True))
+        # With the state in it, the prompt's length changes from observation to observation.
+        padded = config.discrete_state_input or not masks.all()
         return Observation(
             images=images,
-            state=pad(normalized, self.config.action_dim).astype(np.float32),
-            tokenized_prompt=ids,
+            state=pad(normalized, config.action_dim).astype(np.float32),
+            tokenized_prompt=tokens,
             tokenized_prompt_mask=masks if padded else None,
         )
 
-    def actions(self, chunk: np.ndarray, states: np.ndarray) -> np.ndarray:
-        """Return what the model says as actions of the environment.
+    def transform_outputs(self, chunks: np.ndarray, states: np.ndarray) -> np.ndarray:
+        """Return the model's output as actions of the env.
 
         Args:
-            chunk: [n, horizon, action_dim], normalised and padded.
-            states: float32 [n, S], of the looks that were answered.
+            chunks: [n, horizon, action_dim], normalized and padded.
+            states: float32 [n, state dim], of the observations.
 
         Returns:
-            float32 [n, horizon, action width] in the environment's units, absolute where the model predicts differences.
+            float32 [n, horizon, dim of ManiSkill's action], in the env's units, absolute where the
+            model predicts differences from the state.
         """
-        known = np.asarray(chunk, np.float64)[..., : self.description.action_width]
-        actions = unnormalize(known, self._stats["actions"], self.description.use_quantiles)
+        unpadded = np.asarray(chunks, np.float64)[..., : self.description.action_width]
+        actions = unnormalize(unpadded, self._stats["actions"], self.description.use_quantiles)
         if self.description.delta_action_mask is not None:
             actions = absolute_actions(actions, states, self.description.delta_action_mask)
         return actions.astype(np.float32)
-
-    def act(self, observations: Sequence[Mapping], noise: Sequence[np.ndarray]) -> np.ndarray:
-        """Answer looks.
-
-        Args:
-            observations: n looks, as for `inputs`.
-            noise: of each look, float32 [horizon, action_dim].
-
-        Returns:
-            as `actions`.
-
-        Raises:
-            UserError: if the model's output is not finite.
-        """
-        batches = range(0, len(observations), self.batch_size)
-        parts = [
-            (observations[start : start + self.batch_size], noise[start : start + self.batch_size])
-            for start in batches
-        ]
-        chunk = np.concatenate([self._answer(*part) for part in parts])
-        if not np.isfinite(chunk).all():
-            raise UserError(
-                f"the policy in {self._checkpoint} answers with values that are not finite; its training diverged."
-            )
-        return self.actions(chunk, np.stack([item["state"] for item in observations]))
-
-    def _answer(self, observations: Sequence[Mapping], noise: Sequence[np.ndarray]) -> np.ndarray:
-        missing = self.batch_size - len(observations)
-        inputs = self.inputs([*observations, *[observations[-1]] * missing])
-        drawn = np.stack([*noise, *[noise[-1]] * missing])
-        return np.asarray(self._sample(self._folded, inputs, drawn))[: len(observations)]

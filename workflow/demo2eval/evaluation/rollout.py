@@ -1,12 +1,14 @@
 """Rollouts of one checkpoint: one episode on each of a fixed list of seeds.
 
-In:  the manifest of a checkpoint, and that of its dataset, whose demonstrations' seeds must not be among those evaluated.
-Out: <output without .json>/episodes.csv, one row an episode: seed, success_once, success_at_end, first_success_step, steps, looks, the
-     furthest stage of the task by the simulator's state, and how near, in millimeters, the gripper came to the object.
+In:  the manifest of a checkpoint, and that of its dataset, whose demonstrations' seeds must not be
+     among those evaluated.
+Out: <output without .json>.csv, a row per episode: seed, success_once, success_at_end,
+     first_success_step (empty without success), steps, policy_calls, the furthest milestone, and
+     nearest_mm, how near the gripper came to the object.
 
-Pictures are rendered only when the policy looks. Each episode starts in a fresh scene, and the noise of a look follows from policy
-seed, episode seed and look number alone, so the number of workers changes the time and not the result. Finished episodes outlive a
-killed process.
+Each episode starts in a fresh scene, and the noise of a policy call follows from policy seed,
+episode seed and number of the call alone: `evaluation.num_workers` changes the time and not the
+result. A process that is killed loses no finished episode.
 """
 
 import csv
@@ -14,14 +16,21 @@ import io
 import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from demo2eval.checkpoints.policy_metadata import PolicyDescription, read_description
-from demo2eval.cli import option, run, settings_from, stage_parser
+from demo2eval.cli import run
+from demo2eval.config import Evaluation, Milestones
 from demo2eval.errors import UserError
-from demo2eval.evaluation.workers import EpisodeResult, EpisodeSettings, play
-from demo2eval.provenance import StageJob, run_stage, read_manifest, write_atomic
+from demo2eval.evaluation.workers import (
+    EpisodeResult,
+    EpisodeSettings,
+    Infer,
+    PolicyCall,
+    run_episodes,
+)
+from demo2eval.provenance import read_manifest, run_stage, write_atomic
 
 COLUMNS = (
     "seed",
@@ -29,94 +38,73 @@ COLUMNS = (
     "success_at_end",
     "first_success_step",
     "steps",
-    "looks",
-    "stage",
+    "policy_calls",
+    "milestone",
     "nearest_mm",
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What decides the episodes, given the checkpoint."""
+def run_rollouts(
+    checkpoint: Path,
+    dataset: Path | None,
+    output: Path,
+    *,
+    task: str,
+    object: str,
+    milestones: Milestones,
+    evaluation: Evaluation = Evaluation(),
+) -> None:
+    """Evaluate a checkpoint.
 
-    task: str = option("ManiSkill task, such as PushCube-v1")
-    episodes: int = option("episodes, each on its own seed", 100)
-    first_seed: int = option("seed of the first episode; the next ones follow", 0)
-    max_episode_steps: int = option(
-        "control steps of every episode; longer than the demonstrations"
-    )
-    replan_steps: int = option("actions executed before the next look", 5)
-    num_steps: int = option("Euler steps from noise to actions", 10)
-    policy_seed: int = option("seed of the policy's noise", 0)
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seed of every episode, in order."""
-        return list(range(self.first_seed, self.first_seed + self.episodes))
-
-
-def episode_settings(
-    settings: Settings, description: PolicyDescription, film: bool = False
-) -> EpisodeSettings:
-    """Return what the simulators need, as the policy was trained.
+    Args:
+        checkpoint: manifest of the checkpoint.
+        dataset: manifest of its dataset, to compare seeds; null: they are not compared.
+        output: manifest to write, <run>/rollouts/<step>.json.
+        task: ManiSkill's environment id.
+        object: env attribute, the object that is manipulated.
+        milestones: sub-goals of the task.
+        evaluation: settings of the rollouts.
 
     Raises:
-        UserError: if the policy is of another task, or predicts fewer actions than are to be executed, or a number is below 1.
+        UserError: if evaluation seeds were demonstrated, or the checkpoint does not fit the task.
     """
-    for name in ("episodes", "max_episode_steps", "replan_steps", "num_steps"):
-        if getattr(settings, name) < 1:
-            raise UserError(
-                f"evaluation.{name} is {getattr(settings, name)}; it must be at least 1."
-            )
-    if description.task != settings.task:
-        raise UserError(
-            f"the checkpoint is a policy for {description.task}, not for {settings.task}; evaluate it on its own task."
+    settings = {
+        "task": task,
+        "object": object,
+        "milestones": milestones,
+        "evaluation": evaluation,
+    }
+    inputs = {"checkpoint": checkpoint} | ({"dataset": dataset} if dataset else {})
+    with run_stage(
+        output, stage="rollout", module=__spec__.name, settings=settings, inputs=inputs
+    ) as job:
+        if job.reused:
+            return
+        first_seed = evaluation.first_seed
+        seeds = range(first_seed, first_seed + evaluation.num_episodes)
+        if dataset:
+            check_seeds(seeds, checkpoint, dataset)
+        folder = checkpoint.with_suffix("")
+        policy = read_description(folder)
+        episode_settings = make_episode_settings(policy, task, object, milestones, evaluation)
+        table, load = job.partial / "episodes.csv", policy_loader(folder, evaluation)
+        started = time.monotonic()
+        rows = run_remaining(episode_settings, seeds, evaluation.num_workers, load, table)
+        print(f"{len(rows)} episodes in {time.monotonic() - started:.0f} s", file=sys.stderr)
+        write_rows(output.with_suffix(".csv"), rows)
+        manifest = read_manifest(checkpoint)
+        job.finish(
+            [output.with_suffix(".csv")],
+            declared=[output.with_suffix(".csv")],
+            step=manifest["metadata"]["step"],
+            successes=sum(int(row["success_once"]) for row in rows),
+            checkpoint=manifest["digest"],
+            dataset=manifest["metadata"]["dataset"],
         )
-    horizon = description.config.action_horizon
-    if settings.replan_steps > horizon:
-        raise UserError(
-            f"the replan interval {settings.replan_steps} is longer than the policy's {horizon} actions; lower it."
-        )
-    return EpisodeSettings(
-        task=settings.task,
-        control_mode=description.control_mode,
-        cameras=tuple(sorted(set(description.cameras.values()))),
-        image_size=description.image_size_rendered,
-        state=tuple(description.state),
-        max_episode_steps=settings.max_episode_steps,
-        replan_steps=settings.replan_steps,
-        film=film,
-    )
 
 
-class Answerer:
-    """Answers the looks of simulators with a checkpoint's policy."""
-
-    def __init__(self, checkpoint: Path, settings: Settings):
-        """Take the checkpoint's folder; it is loaded by `prepare`."""
-        self._checkpoint, self._settings = checkpoint, settings
-        self._policy = None
-
-    def prepare(self) -> None:
-        """Load and compile the policy, while the simulators start."""
-        # JAX would take most of a GPU's memory at once, and the simulators render on the same one.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        from demo2eval.evaluation.policy import Policy
-
-        self._policy = Policy(self._checkpoint, num_steps=self._settings.num_steps)
-        self._policy.compile()
-
-    def __call__(self, looks: list[tuple[int, int, dict]]):
-        """Return the actions of looks (seed, look number, observation), float32 [n, horizon, action width]."""
-        noise = [
-            self._policy.noise(self._settings.policy_seed, seed, number)
-            for seed, number, _ in looks
-        ]
-        return self._policy.act([observation for _, _, observation in looks], noise)
-
-
-def check_seeds(settings: Settings, checkpoint: Path, dataset: Path) -> None:
-    """Raise a UserError if a demonstration that the checkpoint was trained on has a seed that is to be evaluated.
+def check_seeds(seeds: Iterable[int], checkpoint: Path, dataset: Path) -> None:
+    """Raise a UserError if an evaluation seed is that of a demonstration.
 
     Args:
         checkpoint, dataset: manifests; the dataset must be the checkpoint's.
@@ -126,136 +114,143 @@ def check_seeds(settings: Settings, checkpoint: Path, dataset: Path) -> None:
         raise UserError(
             f"{checkpoint} was not trained on {dataset}; give the manifest of its own dataset."
         )
-    shared = sorted(set(settings.seeds) & set(content["metadata"]["seeds"]))
+    shared = sorted(set(seeds) & set(content["metadata"]["seeds"]))
     if shared:
         raise UserError(
-            f"{len(shared)} evaluation seeds, {shared[0]} among them, were used by demonstrations of {dataset}; "
-            f"move evaluation.first_seed, or the policy is tested on what it was shown."
+            f"{len(shared)} evaluation seeds, {shared[0]} among them, are those of demonstrations "
+            f"in {dataset}; move evaluation.first_seed, or the policy is tested on what it was "
+            "shown."
         )
 
 
-def read_finished(file: Path) -> dict[int, dict]:
-    """Return the finished episodes by seed that a killed process left; a line that was cut is dropped."""
-    if not file.exists():
-        return {}
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return {int(row["seed"]): row for row in csv.DictReader(lines)}
-
-
-def row_of(result: EpisodeResult) -> dict:
-    """Return an episode as a row of episodes.csv: whole numbers, yes is 1; first_success_step is empty where success was never seen."""
-    values = {column: getattr(result, column) for column in COLUMNS[:6]}
-    numbers = {column: "" if value is None else int(value) for column, value in values.items()}
-    return numbers | {"stage": result.stage, "nearest_mm": round(1000 * result.nearest, 1)}
-
-
-def rollout(
-    settings: Settings, checkpoint: Path, dataset: Path | None, output: Path, *, workers: int = 1
-) -> None:
-    """Evaluate the checkpoint of a manifest and write the manifest `output`.
-
-    Args:
-        checkpoint, dataset: manifests; without a dataset the evaluation seeds are not compared with the demonstrations'.
-        workers: simulator processes.
+def make_episode_settings(
+    policy: PolicyDescription,
+    task: str,
+    object: str,
+    milestones: Milestones,
+    evaluation: Evaluation,
+    record_frames: bool = False,
+) -> EpisodeSettings:
+    """Return what the simulator processes need, with the env as the policy was trained in it.
 
     Raises:
-        UserError: if evaluation seeds were demonstrated, or the checkpoint does not fit the task.
+        UserError: if the policy is of another task, or predicts too few actions.
     """
-    if workers < 1:
-        raise UserError(f"--workers is {workers}; it must be at least 1.")
-    inputs = {"checkpoint": checkpoint} | ({"dataset": dataset} if dataset else {})
-    with run_stage(
-        output, stage="rollout", module=__spec__.name, settings=settings, inputs=inputs
-    ) as job:
-        if job.reused:
-            return
-        if dataset:
-            check_seeds(settings, checkpoint, dataset)
-        _make(settings, checkpoint, job, workers)
-
-
-def _make(settings: Settings, checkpoint: Path, job: StageJob, workers: int) -> None:
-    payload = checkpoint.with_suffix("")
-    simulators = episode_settings(settings, read_description(payload))
-    started = time.monotonic()
-    rows, played = _play_all(
-        settings, simulators, Answerer(payload, settings), job.partial / "episodes.csv", workers
-    )
-    print(f"{played} episodes in {time.monotonic() - started:.0f} s", file=sys.stderr)
-    target = job.output.with_suffix("") / "episodes.csv"
-    target.parent.mkdir(exist_ok=True)
-    write_episodes(target, rows)
-    manifest = read_manifest(checkpoint)
-    job.finish(
-        [target],
-        step=manifest["metadata"]["step"],
-        successes=sum(int(row["success_once"]) for row in rows),
-        checkpoint=manifest["digest"],
-        dataset=manifest["metadata"]["dataset"],
+    if policy.task != task:
+        raise UserError(
+            f"the checkpoint is a policy for {policy.task}, not for {task}; evaluate it on its own "
+            "task."
+        )
+    horizon = policy.config.action_horizon
+    if evaluation.replan_steps > horizon:
+        raise UserError(
+            f"evaluation.replan_steps {evaluation.replan_steps} is more than the policy's "
+            f"{horizon} actions; lower it."
+        )
+    return EpisodeSettings(
+        task=task,
+        robot=policy.robot,
+        control_mode=policy.control_mode,
+        cameras=tuple(sorted(set(policy.cameras.values()))),
+        image_size=policy.image_size_rendered,
+        state=tuple(policy.state),
+        object=object,
+        milestones=milestones,
+        max_episode_steps=evaluation.max_episode_steps,
+        replan_steps=evaluation.replan_steps,
+        record_frames=record_frames,
     )
 
 
-def _play_all(
-    settings: Settings, simulators: EpisodeSettings, answerer: Answerer, partial: Path, workers: int
-) -> tuple[list, int]:
-    """Play what the file `partial` lacks, adding to it; return the rows of all episodes by seed, and how many were played now."""
+def policy_loader(checkpoint: Path, evaluation: Evaluation) -> Callable[[], Infer]:
+    """Return a function that loads and compiles the policy in a checkpoint's folder."""
+
+    def load() -> Infer:
+        # JAX would take most of a GPU's memory, on which the env renders too.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        from demo2eval.evaluation.policy import Policy
+
+        policy = Policy(checkpoint, num_steps=evaluation.num_steps)
+        policy.compile()
+
+        def infer(calls: list[PolicyCall]):
+            noise = [
+                policy.draw_noise(evaluation.policy_seed, call.seed, call.index) for call in calls
+            ]
+            return policy.infer([call.observation for call in calls], noise)
+
+        return infer
+
+    return load
+
+
+def run_remaining(
+    settings: EpisodeSettings,
+    seeds: Iterable[int],
+    num_workers: int,
+    load_policy: Callable[[], Infer],
+    table: Path,
+) -> list[dict]:
+    """Run the episodes that a table lacks; return the rows of all, in the order of `seeds`.
+
+    Args:
+        table: CSV file, to which each episode is added when it is finished.
+    """
     from tqdm import tqdm
 
-    finished = read_finished(partial)
-    left = [seed for seed in settings.seeds if seed not in finished]
-    write_episodes(partial, list(finished.values()))
+    rows = read_rows(table)
+    write_rows(table, rows.values())
+    remaining = [seed for seed in seeds if seed not in rows]
     bar = tqdm(
-        total=settings.episodes,
-        initial=len(finished),
+        initial=len(rows),
+        total=len(rows) + len(remaining),
         unit="episode",
         mininterval=2,
         desc="rollouts",
     )
-    with open(partial, "a", newline="") as file, bar:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        successes = sum(int(row["success_once"]) for row in finished.values())
-        for result in play(simulators, left, workers, answerer):
-            finished[result.seed] = row_of(result)
-            table.writerow(finished[result.seed])
+    with open(table, "a", newline="") as file, bar:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        for result in run_episodes(settings, remaining, num_workers, load_policy):
+            rows[result.seed] = to_row(result)
+            writer.writerow(rows[result.seed])
             file.flush()
-            successes += result.success_once
-            bar.set_postfix(success=f"{successes}/{len(finished)}", refresh=False)
+            successes = sum(int(row["success_once"]) for row in rows.values())
+            bar.set_postfix(success=f"{successes}/{len(rows)}", refresh=False)
             bar.update(1)
-    return [finished[seed] for seed in settings.seeds], len(left)
+    return [rows[seed] for seed in seeds]
 
 
-def write_episodes(file: Path, rows: list[dict]) -> None:
-    """Write episodes.csv, whole or not at all."""
+def to_row(result: EpisodeResult) -> dict[str, object]:
+    """Return an episode as a row of the table: whole numbers, and 1 for true."""
+    first = result.first_success_step
+    return {
+        "seed": result.seed,
+        "success_once": int(result.success_once),
+        "success_at_end": int(result.success_at_end),
+        "first_success_step": "" if first is None else first,
+        "steps": result.steps,
+        "policy_calls": result.policy_calls,
+        "milestone": result.milestone,
+        "nearest_mm": round(1000 * result.nearest, 1),
+    }
+
+
+def read_rows(table: Path) -> dict[int, dict]:
+    """Return the rows of finished episodes by seed; a line that a kill has cut is dropped."""
+    if not table.exists():
+        return {}
+    lines = [line for line in table.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return {int(row["seed"]): row for row in csv.DictReader(lines)}
+
+
+def write_rows(table: Path, rows: Iterable[dict]) -> None:
+    """Write a table of episodes, whole or not at all."""
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_atomic(file, text.getvalue())
-
-
-def main() -> None:
-    """Run the stage from the command line."""
-    parser = stage_parser(__doc__, Settings)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="manifest of the checkpoint")
-    parser.add_argument(
-        "--dataset",
-        type=Path,
-        help="manifest of the dataset that it was trained on, to compare seeds",
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="manifest to write, <run>/rollouts/<step>.json"
-    )
-    parser.add_argument("--workers", type=int, default=1, help="simulator processes (default: 1)")
-    arguments = parser.parse_args()
-    settings = settings_from(arguments, Settings)
-    rollout(
-        settings,
-        arguments.checkpoint,
-        arguments.dataset,
-        arguments.output,
-        workers=arguments.workers,
-    )
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(table, text.getvalue())
 
 
 if __name__ == "__main__":
-    run(main)
+    run(run_rollouts)

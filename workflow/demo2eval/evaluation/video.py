@@ -1,175 +1,167 @@
-"""A video of some episodes of one checkpoint, side by side; a border turns green when its episode has succeeded.
+"""A video of some episodes of one checkpoint, side by side; a border turns green at success.
 
-In:  the manifest of a checkpoint; with --failures-of that of its rollouts, and then the first so many episodes that failed there are
-     filmed.
-Out: <output without .json>.mp4 (h264, plays in browsers), every control step, seen by ManiSkill's camera for people rather than by
-     the policy's. Under the settings of the rollouts these are the same episodes.
+In:  the manifest of a checkpoint; that of its rollouts, if the video is to show episodes that
+     failed there.
+Out: <output without .json>.mp4 (h264, which browsers play), a frame per control step, of
+     ManiSkill's human render camera. Under the settings of the rollouts these are the same
+     episodes.
 """
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from demo2eval.checkpoints.policy_metadata import read_description
-from demo2eval.cli import run, settings_from, stage_parser
+from demo2eval.cli import run
+from demo2eval.config import Evaluation, Milestones
 from demo2eval.errors import UserError
-from demo2eval.evaluation.rollout import Answerer, episode_settings
-from demo2eval.evaluation.rollout import Settings as RolloutSettings
-from demo2eval.evaluation.workers import FILM_SIZE, EpisodeResult, play
+from demo2eval.evaluation.rollout import make_episode_settings, policy_loader
+from demo2eval.evaluation.workers import FRAME_SIZE, EpisodeResult, run_episodes
 from demo2eval.maniskill.env import CONTROL_FREQUENCY
-from demo2eval.provenance import StageJob, run_stage, read_manifest
+from demo2eval.provenance import read_manifest, run_stage
 
 COLUMNS = 3
 BORDER = 4
-CAPTION = 20
+CAPTION_HEIGHT = 20
 FONT_SIZE = 14
-TILE_SHAPE = (FILM_SIZE + 2 * BORDER + CAPTION, FILM_SIZE + 2 * BORDER, 3)
-SUCCESS, OPEN = (0, 158, 115), (90, 90, 90)
+TILE_HEIGHT, TILE_WIDTH = FRAME_SIZE + 2 * BORDER + CAPTION_HEIGHT, FRAME_SIZE + 2 * BORDER
+GREEN, GRAY = (0, 158, 115), (90, 90, 90)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings(RolloutSettings):
-    """What decides the video, given the checkpoint: the settings of the rollouts, `episodes` of them."""
+def record_videos(
+    checkpoint: Path,
+    output: Path,
+    *,
+    task: str,
+    object: str,
+    milestones: Milestones,
+    evaluation: Evaluation = Evaluation(),
+    rollouts: Path | None = None,
+) -> None:
+    """Record `evaluation.num_videos` episodes of a checkpoint.
 
+    Args:
+        checkpoint: manifest of the checkpoint.
+        output: manifest to write, <run>/videos/<step>.json.
+        task: ManiSkill's environment id.
+        object: env attribute, the object that is manipulated.
+        milestones: sub-goals of the task.
+        evaluation: settings of the rollouts.
+        rollouts: manifest of the checkpoint's rollouts; only episodes that failed there are
+            recorded.
 
-def tile(frame: np.ndarray, seed: int, success: bool, stage: str) -> np.ndarray:
-    """Return one episode's part of a frame, uint8 of `TILE_SHAPE`, with its border, its seed and, where it fails, how far it comes."""
-    from PIL import Image, ImageDraw, ImageFont
+    Raises:
+        UserError: if the checkpoint does not fit the task, or no episode failed.
+    """
+    from tqdm import tqdm
 
-    picture = Image.new("RGB", TILE_SHAPE[1::-1], SUCCESS if success else OPEN)
-    picture.paste(Image.fromarray(frame), (BORDER, BORDER + CAPTION))
-    text, font = (
-        f"seed {seed}  {'success' if success else stage}",
-        ImageFont.load_default(FONT_SIZE),
-    )
-    ImageDraw.Draw(picture).text((BORDER + 2, 3), text, fill="white", font=font)
-    return np.asarray(picture)
-
-
-def frames_of(results: Sequence[EpisodeResult]) -> Iterator[np.ndarray]:
-    """Yield the frames of the whole video, uint8 [h, w, 3], a row of tiles for every `COLUMNS` episodes, all of equal length."""
-    columns = min(COLUMNS, len(results))
-    blanks = [np.zeros(TILE_SHAPE, np.uint8)] * (-len(results) % columns)
-    for step in range(len(results[0].film)):
-        tiles = [
-            tile(
-                result.film[step],
-                result.seed,
-                bool(result.successes[step]),
-                "" if result.success_once else result.stage,
-            )
-            for result in results
-        ] + blanks
-        rows = [
-            np.concatenate(tiles[first : first + columns], axis=1)
-            for first in range(0, len(tiles), columns)
-        ]
-        yield np.concatenate(rows)
-
-
-def write_video(file: Path, frames: Iterable[np.ndarray]) -> int:
-    """Encode frames with even sides, uint8 [h, w, 3], at the control frequency; return their number."""
-    import av
-
-    count = 0
-    with av.open(str(file), "w", options={"movflags": "+faststart"}) as container:
-        stream = None
-        for frame in frames:
-            if stream is None:
-                stream = container.add_stream(
-                    "libx264", rate=CONTROL_FREQUENCY, options={"crf": "23"}
-                )
-                stream.height, stream.width = frame.shape[:2]
-                stream.pix_fmt = "yuv420p"
-                stream.codec_context.thread_count = 1
-                stream.time_base = Fraction(1, CONTROL_FREQUENCY)
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            container.mux(stream.encode(picture))
-            count += 1
-        container.mux(stream.encode())
-    return count
+    # The settings of as many rollouts as are recorded: more rollouts leave the video as it is.
+    evaluation = evaluation.model_copy(update={"num_episodes": evaluation.num_videos})
+    settings = {
+        "task": task,
+        "object": object,
+        "milestones": milestones,
+        "evaluation": evaluation,
+    }
+    inputs = {"checkpoint": checkpoint} | ({"rollouts": rollouts} if rollouts else {})
+    with run_stage(
+        output, stage="video", module=__spec__.name, settings=settings, inputs=inputs
+    ) as job:
+        if job.reused:
+            return
+        seeds = list(range(evaluation.first_seed, evaluation.first_seed + evaluation.num_videos))
+        if rollouts:
+            seeds = failed_seeds(rollouts, checkpoint)[: evaluation.num_videos]
+        folder = checkpoint.with_suffix("")
+        episode_settings = make_episode_settings(
+            read_description(folder), task, object, milestones, evaluation, record_frames=True
+        )
+        load = policy_loader(folder, evaluation)
+        episodes = run_episodes(episode_settings, seeds, evaluation.num_workers, load)
+        results = list(tqdm(episodes, total=len(seeds), unit="episode", desc="recording"))
+        results.sort(key=lambda result: result.seed)
+        write_video(job.partial / "video.mp4", make_frames(results))
+        video = output.with_suffix(".mp4")
+        (job.partial / "video.mp4").replace(video)
+        job.finish(
+            [video],
+            declared=[video],
+            frames=results[0].steps + 1,
+            successes=sum(result.success_once for result in results),
+        )
 
 
 def failed_seeds(rollouts: Path, checkpoint: Path) -> list[int]:
-    """Return the seeds of the episodes without success, from the manifest of a checkpoint's rollouts.
+    """Return the seeds of the episodes without success, from the manifest of rollouts.
 
     Raises:
         UserError: if the rollouts are of another checkpoint, or no episode failed.
     """
     if read_manifest(rollouts)["metadata"]["checkpoint"] != read_manifest(checkpoint)["digest"]:
         raise UserError(f"{rollouts} are not rollouts of {checkpoint}; evaluate it again.")
-    with open(rollouts.with_suffix("") / "episodes.csv", newline="") as file:
+    with open(rollouts.with_suffix(".csv"), newline="") as file:
         seeds = [int(row["seed"]) for row in csv.DictReader(file) if row["success_once"] == "0"]
     if not seeds:
-        raise UserError(f"all episodes of {rollouts} succeeded; there is no failure to film.")
+        raise UserError(f"all episodes of {rollouts} succeeded; there is no failure to record.")
     return seeds
 
 
-def video(
-    settings: Settings,
-    checkpoint: Path,
-    output: Path,
-    *,
-    failures_of: Path | None = None,
-    workers: int = 1,
-) -> None:
-    """Film the checkpoint of a manifest and write the manifest `output`.
+def make_frames(results: Sequence[EpisodeResult]) -> Iterator[np.ndarray]:
+    """Yield the frames of the video, uint8 [h, w, 3], with `COLUMNS` episodes in a row.
 
     Args:
-        failures_of: manifest of the checkpoint's rollouts; only episodes that failed there are filmed.
+        results: episodes of equal length, with frames.
     """
-    inputs = {"checkpoint": checkpoint} | ({"rollouts": failures_of} if failures_of else {})
-    with run_stage(
-        output, stage="video", module=__spec__.name, settings=settings, inputs=inputs
-    ) as job:
-        if not job.reused:
-            seeds = (
-                failed_seeds(failures_of, checkpoint)[: settings.episodes]
-                if failures_of
-                else settings.seeds
-            )
-            _make(settings, checkpoint, seeds, job, workers)
+    columns = min(COLUMNS, len(results))
+    blanks = [np.zeros((TILE_HEIGHT, TILE_WIDTH, 3), np.uint8)] * (-len(results) % columns)
+    for step in range(results[0].steps + 1):
+        tiles = [make_tile(result, step) for result in results] + blanks
+        rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+        yield np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 
-def _make(settings: Settings, checkpoint: Path, seeds: list[int], job: StageJob, workers: int) -> None:
-    from tqdm import tqdm
+def make_tile(result: EpisodeResult, step: int) -> np.ndarray:
+    """Return an episode's share of a frame, uint8 [TILE_HEIGHT, TILE_WIDTH, 3].
 
-    payload = checkpoint.with_suffix("")
-    simulators = episode_settings(settings, read_description(payload), film=True)
-    playing = play(simulators, seeds, workers, Answerer(payload, settings))
-    results = list(tqdm(playing, total=len(seeds), unit="episode", mininterval=2, desc="filming"))
-    results.sort(key=lambda result: result.seed)
-    count = write_video(job.partial / "video.mp4", frames_of(results))
-    target = job.output.with_suffix(".mp4")
-    (job.partial / "video.mp4").replace(target)
-    job.finish([target], frames=count, successes=sum(result.success_once for result in results))
+    The caption gives the seed and, of an episode that fails, the furthest milestone.
+    """
+    from PIL import Image, ImageDraw, ImageFont
 
-
-def main() -> None:
-    """Run the stage from the command line."""
-    parser = stage_parser(__doc__, Settings)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="manifest of the checkpoint")
-    parser.add_argument(
-        "--failures-of", type=Path, help="manifest of its rollouts: film episodes that failed there"
+    assert result.frames is not None
+    assert result.success_so_far is not None
+    success = bool(result.success_so_far[step])
+    outcome = "success" if success else "" if result.success_once else result.milestone
+    tile = Image.new("RGB", (TILE_WIDTH, TILE_HEIGHT), GREEN if success else GRAY)
+    tile.paste(Image.fromarray(result.frames[step]), (BORDER, BORDER + CAPTION_HEIGHT))
+    ImageDraw.Draw(tile).text(
+        (BORDER + 2, 3),
+        f"seed {result.seed}  {outcome}",
+        fill="white",
+        font=ImageFont.load_default(FONT_SIZE),
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="manifest to write, <run>/videos/<step>.json"
+    return np.asarray(tile)
+
+
+def write_video(path: Path, frames: Iterable[np.ndarray]) -> None:
+    """Encode frames, uint8 [h, w, 3] with even sides, at the control frequency."""
+    import imageio.v2 as imageio
+
+    writer = imageio.get_writer(
+        path,
+        fps=CONTROL_FREQUENCY,
+        codec="libx264",
+        pixelformat="yuv420p",
+        quality=None,
+        # By default imageio scales frames to sides that 16 divides.
+        macro_block_size=2,
+        output_params=["-crf", "23", "-threads", "1", "-movflags", "+faststart"],
     )
-    parser.add_argument("--workers", type=int, default=1, help="simulator processes (default: 1)")
-    arguments = parser.parse_args()
-    settings = settings_from(arguments, Settings)
-    video(
-        settings,
-        arguments.checkpoint,
-        arguments.output,
-        failures_of=arguments.failures_of,
-        workers=arguments.workers,
-    )
+    for frame in frames:
+        writer.append_data(frame)
+    writer.close()
 
 
 if __name__ == "__main__":
-    run(main)
+    run(record_videos)

@@ -1,49 +1,69 @@
-"""Simulator processes: each holds one environment, plays whole episodes, and asks for actions when it looks.
+"""Simulator processes: each holds one env and runs whole episodes.
 
-A worker reports ("look", look number, observation) and gets a chunk of actions, or reports ("done", `EpisodeResult`) and gets its next
-seed. An episode runs to its time limit also after success, since success at the end is measured there.
+A process gets a seed, sends a `PolicyCall` whenever the episode needs actions, and at its end the
+`EpisodeResult`. An episode goes on to its time limit also after success, since success at the end
+is measured there.
 """
 
 import contextlib
 import multiprocessing
 import os
 import signal
-import threading
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
+from demo2eval.config import Milestones
 from demo2eval.errors import UserError
 
-FILM_SIZE = 256
-PATIENCE = 5.0
-"""Seconds that workers are given to end by themselves."""
+FRAME_SIZE = 256
+"""Side of the recorded frames, pixels."""
 
 
 @dataclass(frozen=True)
 class EpisodeSettings:
-    """What an environment and its episodes are made from.
+    """What envs and episodes are made from.
 
     Attributes:
+        cameras: ManiSkill's, that the policy sees.
         state: parts of the state vector.
-        replan_steps: actions executed before the next look.
-        film: return a picture of every step as well.
+        object: env attribute of the object that is manipulated.
+        max_episode_steps: length of every episode.
+        replan_steps: actions executed between two policy calls.
+        record_frames: return a frame per step as well.
     """
 
     task: str
+    robot: str
     control_mode: str
     cameras: tuple[str, ...]
     image_size: int
     state: tuple[str, ...]
+    object: str
+    milestones: Milestones
     max_episode_steps: int
     replan_steps: int
-    film: bool = False
+    record_frames: bool = False
+
+
+@dataclass(frozen=True)
+class PolicyCall:
+    """An observation that waits for actions.
+
+    Attributes:
+        seed: of the episode.
+        index: number of the policy call in its episode.
+        observation: {"images": {camera: uint8 [h, w, 3]}, "state": float32 [dim]}.
+    """
+
+    seed: int
+    index: int
+    observation: dict
 
 
 @dataclass(frozen=True)
@@ -51,14 +71,14 @@ class EpisodeResult:
     """How one episode went.
 
     Attributes:
-        success_once: success at any step; success_at_end: at the last one.
-        first_success_step: number of actions executed when success was first seen; None if never.
+        success_once: success after some step; success_at_end: after the last.
+        first_success_step: number of actions executed at the first success; None if there was none.
         steps: actions executed.
-        looks: times the policy was asked.
-        stage: the furthest stage of the task that was seen (`demo2eval.maniskill.milestones`).
-        nearest: smallest distance of the tool centre point from the object, meters.
-        film: if it was asked for, uint8 [steps + 1, h, w, 3] of ManiSkill's camera for people, which also shows hidden goals.
-        successes: for each frame of the film whether success was seen so far.
+        milestone: the furthest (`demo2eval.maniskill.milestones`).
+        nearest: smallest distance of the tool center point from the object, meters.
+        frames: uint8 [steps + 1, h, w, 3] of ManiSkill's human render camera, which also shows
+            hidden goals; None unless they are recorded.
+        success_so_far: bool [steps + 1], for each frame.
     """
 
     seed: int
@@ -66,135 +86,108 @@ class EpisodeResult:
     success_at_end: bool
     first_success_step: int | None
     steps: int
-    looks: int
-    stage: str
+    policy_calls: int
+    milestone: str
     nearest: float
-    film: np.ndarray | None = None
-    successes: np.ndarray | None = None
+    frames: np.ndarray | None = None
+    success_so_far: np.ndarray | None = None
 
 
-class AnswersLooks(Protocol):
-    """What `play` asks for actions."""
-
-    def prepare(self) -> None:
-        """Get ready."""
-
-    def __call__(self, looks: list[tuple[int, int, dict]]) -> Sequence[np.ndarray]:
-        """Return the actions of looks (seed, look number, observation), each [at least replan_steps, width]."""
+Infer = Callable[[list[PolicyCall]], Iterable[np.ndarray]]
+"""Returns the actions of each call, [at least replan_steps, action_dim]."""
 
 
-def make_simulator(settings: EpisodeSettings):
-    """Make the environment in which `play_episode` plays."""
-    from demo2eval.maniskill.env import make_environment
+def make_rollout_env(settings: EpisodeSettings) -> Any:
+    """Make the env for `run_episode`."""
+    from demo2eval.maniskill.env import make_env
 
-    film = (
-        {"human_render_camera_configs": {"width": FILM_SIZE, "height": FILM_SIZE}}
-        if settings.film
-        else {}
-    )
-    return make_environment(
+    frame_size = {"width": FRAME_SIZE, "height": FRAME_SIZE}
+    return make_env(
         settings.task,
+        robot=settings.robot,
         control_mode=settings.control_mode,
         cameras=settings.cameras,
         image_size=settings.image_size,
-        # `play_episode` ends the episode; ManiSkill's own limit must not come first.
+        # `run_episode` ends the episode; gymnasium's own limit must not come first.
         max_episode_steps=settings.max_episode_steps + 1,
-        **film,
+        **({"human_render_camera_configs": frame_size} if settings.record_frames else {}),
     )
 
 
-def play_episode(
-    environment, settings: EpisodeSettings, seed: int, ask: Callable[[int, dict], np.ndarray]
-) -> EpisodeResult:
-    """Play one episode.
-
-    Args:
-        ask: (look number, {"images", "state"}) -> actions [at least replan_steps, width].
-    """
-    from demo2eval.maniskill.env import look
-    from demo2eval.maniskill.milestones import Progress
+def run_episode(env: Any, settings: EpisodeSettings, seed: int, infer: Infer) -> EpisodeResult:
+    """Run one episode, and call the policy every `replan_steps`."""
+    from demo2eval.maniskill.env import get_observation
+    from demo2eval.maniskill.milestones import MilestoneTracker
     from demo2eval.maniskill.observation import state_vector
 
-    # A scene that was used before keeps contacts in its solver: the same seed and actions then end up to centimetres apart. A fresh
-    # one costs 0.2 s and makes an episode independent of what the process played before.
-    environment.reset(seed=seed, options={"reconfigure": True})
-    history, looks, progress = [], 0, Progress(environment)
-    frames = [_film_frame(environment)] if settings.film else []
-    while len(history) < settings.max_episode_steps:
-        seen = look(environment)
-        actions = ask(
-            looks, {"images": seen["images"], "state": state_vector(settings.state, seen["state"])}
-        )
-        looks += 1
-        for action in actions[
-            : min(settings.replan_steps, settings.max_episode_steps - len(history))
-        ]:
-            information = environment.step(action)[4]
-            history.append(bool(information["success"]))
-            progress.see(information)
-            if settings.film:
-                frames.append(_film_frame(environment))
-    once = np.maximum.accumulate([False, *history])
+    # A scene that was used before keeps contacts in its solver: the same seed and actions then end
+    # up to centimeters apart. A fresh one costs 0.2 s, and makes episodes independent of each
+    # other.
+    env.reset(seed=seed, options={"reconfigure": True})
+    tracker = MilestoneTracker(env, settings.object, settings.milestones)
+    success, frames = [False], [_render(env)] if settings.record_frames else []
+    starts = range(0, settings.max_episode_steps, settings.replan_steps)
+    for index, start in enumerate(starts):
+        observed = get_observation(env)
+        state = state_vector(settings.state, observed["state"])
+        call = PolicyCall(seed, index, {"images": observed["images"], "state": state})
+        (actions,) = infer([call])
+        for action in actions[: min(settings.replan_steps, settings.max_episode_steps - start)]:
+            info = env.step(action)[4]
+            success.append(bool(info["success"]))
+            tracker.update(info)
+            if settings.record_frames:
+                frames.append(_render(env))
+    success_so_far = np.maximum.accumulate(success)
     return EpisodeResult(
         seed=seed,
-        success_once=bool(once[-1]),
-        success_at_end=history[-1],
-        first_success_step=int(np.argmax(once)) if once[-1] else None,
-        steps=len(history),
-        looks=looks,
-        stage=progress.furthest,
-        nearest=progress.nearest,
-        film=np.stack(frames) if frames else None,
-        successes=once if frames else None,
+        success_once=any(success),
+        success_at_end=success[-1],
+        first_success_step=success.index(True) if any(success) else None,
+        steps=len(success) - 1,
+        policy_calls=len(starts),
+        milestone=tracker.furthest,
+        nearest=tracker.nearest,
+        frames=np.stack(frames) if frames else None,
+        success_so_far=success_so_far if frames else None,
     )
 
 
-def _film_frame(environment) -> np.ndarray:
-    return environment.unwrapped.render_rgb_array()[0].cpu().numpy()
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it was killed."""
-
-    def watch() -> None:
-        wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _render(env: Any) -> np.ndarray:
+    return env.unwrapped.render_rgb_array()[0].cpu().numpy()
 
 
 def work(connection: Connection, settings: EpisodeSettings) -> None:
-    """Make an environment and play the seeds that come through the connection, until None comes."""
+    """Make an env; run episodes of the seeds that come, until None comes or the parent ends."""
     from demo2eval.maniskill.env import limit_threads
 
     # Control-C reaches all processes of a terminal; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit_threads()
-    _end_with_parent()
 
-    def ask(look_number: int, observation: dict) -> np.ndarray:
-        connection.send(("look", look_number, observation))
-        return connection.recv()
+    def infer(calls: list[PolicyCall]) -> list[np.ndarray]:
+        connection.send(calls[0])
+        return [connection.recv()]
 
     try:
-        environment = make_simulator(settings)
-        connection.send(("ready",))
+        env = make_rollout_env(settings)
+        connection.send("ready")
         while (seed := connection.recv()) is not None:
-            connection.send(("done", play_episode(environment, settings, seed, ask)))
+            connection.send(run_episode(env, settings, seed, infer))
     except (EOFError, ConnectionError):
         pass
     except UserError as error:
-        connection.send(("refused", str(error)))
+        connection.send(error)
     except Exception:
-        connection.send(("failed", traceback.format_exc()))
+        connection.send(RuntimeError(traceback.format_exc()))
     finally:
-        # To take the renderer down would take seconds and save nothing.
+        # Taking the renderer down would take seconds and save nothing.
         os._exit(0)
 
 
 @dataclass
 class Worker:
-    """A simulator process, as its parent sees it; `seed` is that of the episode it plays."""
+    """A simulator process, as its parent sees it; `seed` is that of its episode."""
 
     number: int
     process: BaseProcess
@@ -203,7 +196,7 @@ class Worker:
 
     @classmethod
     def start(cls, number: int, settings: EpisodeSettings) -> "Worker":
-        """Start the process; it reports ("ready",) when its environment is made."""
+        """Start the process, which sends "ready" when its env is made."""
         # A forked copy of a process that has used JAX can hang; a new interpreter cannot.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -212,101 +205,86 @@ class Worker:
         theirs.close()
         return cls(number, process, ours)
 
-    @property
-    def doing(self) -> str:
-        """What the process was doing, for messages."""
-        return "while it started" if self.seed is None else f"while it played seed {self.seed}"
-
-    def send(self, message) -> None:
-        """Send a message; that the process is dead is told by the next `receive`."""
+    def send(self, message: Any) -> None:
+        """Send a message; if the process is dead, the next `receive` says so."""
         with contextlib.suppress(ConnectionError):
             self.connection.send(message)
 
-    def receive(self) -> tuple:
+    def receive(self) -> Any:
         """Return the next message.
 
         Raises:
-            UserError: if the process refused its settings or died.
-            RuntimeError: if it raised.
+            UserError: if the process raised it, or died.
+            RuntimeError: if it failed.
         """
+        during = "while it started" if self.seed is None else f"in the episode of seed {self.seed}"
         try:
             message = self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join()
             raise UserError(
-                f"simulator process {self.number} died with status {self.process.exitcode} {self.doing}; if memory ran out, "
-                "use fewer workers."
+                f"simulator process {self.number} died with status {self.process.exitcode} "
+                f"{during}; if memory ran out, lower evaluation.num_workers."
             ) from None
-        if message[0] == "refused":
-            raise UserError(message[1])
-        if message[0] == "failed":
-            raise RuntimeError(
-                f"simulator process {self.number} failed {self.doing}:\n{message[1]}"
-            )
+        if isinstance(message, RuntimeError):
+            raise RuntimeError(f"simulator process {self.number} failed {during}:\n{message}")
+        if isinstance(message, UserError):
+            raise message
         return message
 
 
-def stop(workers: Sequence[Worker]) -> None:
-    """End processes: those that are idle or wait for actions by themselves, the others after `PATIENCE` by force."""
-    for worker in workers:
-        worker.connection.close()
-    deadline = time.monotonic() + PATIENCE
-    for worker in workers:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-    for worker in workers:
-        worker.process.kill()
-        worker.process.join()
+def run_episodes(
+    settings: EpisodeSettings,
+    seeds: Sequence[int],
+    num_workers: int,
+    load_policy: Callable[[], Infer],
+) -> Iterator[EpisodeResult]:
+    """Run one episode of each seed in parallel; yield the results as they come, in no order.
 
+    A result depends on its seed and the actions alone, not on `num_workers` or on what its process
+    ran before.
 
-def process_count(workers: int, episodes: int) -> int:
-    """Return how many processes to start: at most one an episode, and where the CPU renders one a core.
+    Args:
+        num_workers: processes; fewer are started where more would not help.
+        load_policy: called while the processes start. What it returns is given all calls that wait.
 
-    A process that renders on the CPU needs all of a core for 10 s before its first picture, and nearly all of it afterwards.
+    Raises:
+        UserError: if a process dies, or cannot do with the settings.
+        RuntimeError: if one fails.
     """
     from demo2eval.maniskill.env import render_backend
 
-    cores = len(os.sched_getaffinity(0)) if render_backend() == "cpu" else workers
-    return min(workers, episodes, cores)
-
-
-def play(
-    settings: EpisodeSettings, seeds: Sequence[int], workers: int, policy: AnswersLooks
-) -> Iterator[EpisodeResult]:
-    """Play one episode of each seed in parallel and yield the results as they come, in no particular order.
-
-    A result depends on its seed and the actions alone, not on `workers` or on what the same process played before.
-
-    Args:
-        workers: processes, at least 1; fewer are started where more would not help.
-        policy: is given all looks that wait, at most one of each process; prepared while the processes start.
-
-    Raises:
-        UserError: if a process refuses the task or dies.
-        RuntimeError: if one raises; both name the seed.
-    """
-    waiting, started = list(reversed(seeds)), []
+    if render_backend() == "cpu":
+        # To render on the CPU takes nearly all of a core.
+        num_workers = min(num_workers, len(os.sched_getaffinity(0)))
+    if not seeds:
+        return
+    remaining = list(reversed(seeds))
+    started: list[Worker] = []
     try:
-        for number in range(process_count(workers, len(waiting))):
+        for number in range(min(num_workers, len(seeds))):
             started.append(Worker.start(number, settings))
-        busy = {worker.connection: worker for worker in started}
-        if busy:
-            policy.prepare()
+        busy = list(started)
+        infer = load_policy()
         while busy:
-            looks = []
-            for connection in wait(list(busy)):
-                worker = busy[connection]
+            calls = []
+            ready = wait([worker.connection for worker in busy])
+            for worker in [worker for worker in busy if worker.connection in ready]:
                 message = worker.receive()
-                if message[0] == "look":
-                    looks.append((worker, (worker.seed, *message[1:])))
+                if isinstance(message, PolicyCall):
+                    calls.append((worker, message))
                     continue
-                worker.seed = waiting.pop() if waiting else None
+                worker.seed = remaining.pop() if remaining else None
                 worker.send(worker.seed)
                 if worker.seed is None:
-                    del busy[connection]
-                if message[0] == "done":
-                    yield message[1]
-            answers = policy([look for _, look in looks]) if looks else []
-            for (worker, _), actions in zip(looks, answers, strict=True):
-                worker.send(actions)
+                    busy.remove(worker)
+                if isinstance(message, EpisodeResult):
+                    yield message
+            if calls:
+                chunks = infer([call for _, call in calls])
+                for (worker, _), actions in zip(calls, chunks, strict=True):
+                    worker.send(actions)
     finally:
-        stop(started)
+        for worker in started:
+            worker.process.kill()
+            worker.process.join()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from demo2eval.errors import UserError
-from demo2eval.maniskill.robots import CAMERAS, Robot
+from demo2eval.maniskill.robots import CAMERAS
 
 CONTROL_FREQUENCY = 20
 """Control steps per second of ManiSkill's tasks, and so the frame rate of datasets and videos."""
@@ -65,7 +65,7 @@ def render_backend() -> str:
 def make_env(
     task: str,
     *,
-    robot: Robot,
+    robot: str,
     control_mode: str,
     cameras: Sequence[str] = (),
     image_size: int = 128,

@@ -1,1 +1,1 @@
-"""Training: reading batches, the optimizer, and the state that is carried from segment to segment."""
+"""Training: the initial checkpoint, and the steps from one checkpoint to the next."""

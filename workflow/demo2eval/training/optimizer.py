@@ -1,4 +1,4 @@
-"""openpi's optimizer: AdamW after clipping by global norm, cosine decay with warm-up, and the exponential moving average of weights."""
+"""openpi's optimizer, its learning rate, and the exponential moving average of weights."""
 
 import jax
 import optax
@@ -7,10 +7,10 @@ import optax
 def make_schedule(
     warmup_steps: int, peak_lr: float, decay_steps: int, decay_lr: float
 ) -> optax.Schedule:
-    """Return the learning rate as a function of the step.
+    """Return the learning rate as a function of the step (Loshchilov and Hutter, 2017).
 
-    Linear from peak_lr / (warmup_steps + 1) to peak_lr, then a cosine to decay_lr, which is reached at `decay_steps`, the warm-up
-    included (Loshchilov and Hutter, 2017).
+    It rises linearly from peak_lr / (warmup_steps + 1) to peak_lr, then falls as a cosine to
+    decay_lr at `decay_steps`, the warm-up included.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=peak_lr / (warmup_steps + 1),
@@ -22,17 +22,15 @@ def make_schedule(
 
 
 def make_optimizer(
-    schedule: optax.Schedule,
-    clip: float = 1.0,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 1e-10,
+    schedule: optax.Schedule, clip_gradient_norm: float = 1.0, weight_decay: float = 1e-10
 ) -> optax.GradientTransformation:
-    """Return AdamW (Loshchilov and Hutter, 2019), with decay on all parameters, after clipping the gradient's global norm."""
+    """Return AdamW (Loshchilov and Hutter, 2019) behind clipping of the gradient's global norm.
+
+    The weight decay is on all parameters.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+        optax.clip_by_global_norm(clip_gradient_norm),
+        optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=weight_decay),
     )
 
 
