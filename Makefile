@@ -1,18 +1,18 @@
-# make help says what there is.
+# `make help` lists the targets.
 
 SHELL := /bin/sh
 PYTHON ?= python3
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
 TARGET ?= results/quickstart/success.csv
 BIN := .venv/bin
-SMK := Snakefile workflow/rules
+SMK := Snakefile workflow/Snakefile workflow/rules
 # Where to find Mesa, if set-up had to unpack it for a user who may not install packages.
 ENTER := test ! -f .tools/environment || . ./.tools/environment;
 
 # Every job is a Python of its own: let the first one keep what it compiles, whatever the shell says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart test lint format dag doctor clean
+.PHONY: help setup quickstart test check lint format docs dag doctor clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -23,21 +23,31 @@ setup:  ## make the environments and see to a Vulkan device
 quickstart: setup  ## demonstrations to success table of a tiny Pi0.5, on this machine
 	@$(ENTER) $(BIN)/snakemake --cores $(CORES) quickstart
 
-test: setup lint  ## lint, types of files, and all tests
+test: setup lint  ## lint, types and all tests
 	$(ENTER) $(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: setup  ## ruff and snakefmt, changing nothing
+check: setup  ## the tests that need no simulator, in under a minute
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not simulator"
+
+lint: setup  ## style, spelling and types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check $(SMK)
+	$(BIN)/codespell
+	$(BIN)/pyright
+	$(BIN)/python tests/lint_workflow.py
 
 format: setup  ## bring all code into form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt $(SMK)
 
-dag: setup  ## draw the rule graph and the jobs of TARGET as SVG into results/dag
-	@$(BIN)/python -m demo2eval.draw_graph --target $(TARGET) --output results/dag
+docs: setup  ## write config/README.md and config/schema.json from the code
+	PYTHONPATH=workflow $(BIN)/python -m demo2eval.config readme > config/README.md
+	PYTHONPATH=workflow $(BIN)/python -m demo2eval.config schema > config/schema.json
+
+dag: setup  ## print the jobs of TARGET and what they wait for, for mermaid.live
+	@$(BIN)/snakemake $(TARGET) --dag mermaid-js
 
 doctor:  ## say what this machine has, and what that lets you do
 	@$(ENTER) PYTHONPATH=workflow $$(command -v $(BIN)/python || echo $(PYTHON)) -m demo2eval.doctor

@@ -1,12 +1,16 @@
-"""What each stage took, from the manifests of runs that are there: a table in Markdown, a line for each stage of each run.
+"""Print what each data stage took: a Markdown table from the manifests of finished runs.
 
-    .venv/bin/python benchmarks/data_stages.py                 # the runs of config/datasets.yaml, below results/
-    python benchmarks/data_stages.py --runs small_stackcube
+    .venv/bin/python benchmarks/data_stages.py                 # the runs of config/datasets.yaml
+    .venv/bin/python benchmarks/data_stages.py --runs small_stackcube
 
-Nothing is measured here; config/datasets.yaml says how to make its runs. From a run's norm stats the way leads back over the inputs to
-dataset, replays and demonstrations, and over the dataset's digest to its training caches. `time` adds up the wall times of all shards,
-which ran side by side as far as there were cores; `from first to last` is the time between the stage's first beginning and its last end,
-with whatever else ran between. A rate is that of one process; replay's is of the pictures that came into the dataset.
+Nothing is measured here; config/datasets.yaml says how to make its runs. The script starts from a
+run's norm stats and follows the inputs back to the dataset, the replayed demos and the demos.
+Training caches are found by the digest of their dataset.
+
+`time` is the sum of the wall times of all shards, which ran side by side as far as there were
+cores. `from first to last` is the time between the first start and the last end, with whatever
+else ran in between. A rate is that of one process; the rate of replay counts the images that came
+into the dataset.
 """
 
 import argparse
@@ -22,15 +26,17 @@ COLUMNS = (
     "run",
     "stage",
     "shards",
-    "demonstrations",
+    "demos",
     "attempts",
     "frames",
-    "pictures",
+    "images",
     "time, s",
     "from first to last, s",
     "rate",
     "size, MB",
 )
+TEXT_COLUMNS = 2
+"""The first so many columns are text; the others are numbers."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +44,20 @@ class Stage:
     """All manifests of one stage of a run, and what they made.
 
     Attributes:
-        demonstrations: in the stage's result; None where it does not count them.
+        rate_of: (count, unit) that the rate is of.
+        demos: in the stage's result; None where the stage does not count them.
         attempts: of the planner.
         frames: control steps.
-        pictures: of all cameras.
-        counted: (how many, of what) the rate is of.
+        images: of all cameras.
     """
 
     name: str
     manifests: list[dict]
-    counted: tuple[int, str]
-    demonstrations: int | None = None
+    rate_of: tuple[int, str]
+    demos: int | None = None
     attempts: int | None = None
     frames: int | None = None
-    pictures: int | None = None
+    images: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -60,46 +66,38 @@ class Stage:
 
     @property
     def span(self) -> float:
-        """Seconds from the first beginning to the last end; ends are recorded to the second."""
-        ends = [
-            datetime.fromisoformat(manifest["created"]).timestamp() for manifest in self.manifests
-        ]
-        starts = [
-            end - manifest["wall_time_s"]
-            for end, manifest in zip(ends, self.manifests, strict=True)
-        ]
-        return max(ends) - min(starts)
+        """Seconds from the first start to the last end; ends are recorded to the second."""
+        starts, ends = [], []
+        for manifest in self.manifests:
+            ends.append(datetime.fromisoformat(manifest["created"]).timestamp())
+            starts.append(ends[-1] - manifest["wall_time_s"])
+        return max(max(ends) - min(starts), self.seconds / len(self.manifests))
 
     @property
     def size(self) -> int:
-        """Bytes of the payload."""
+        """Bytes of all outputs."""
         return sum(
             file["bytes"] for manifest in self.manifests for file in manifest["outputs"].values()
         )
 
-    def cells(self, run: str) -> list[str]:
-        """Return the stage's line of the table."""
-        amount, unit = self.counted
-        counts = [self.demonstrations, self.attempts, self.frames, self.pictures]
-        shown = ["" if count is None else f"{count:,}" for count in counts]
-        times = [
-            f"{self.seconds:,.1f}",
-            f"{max(self.span, self.seconds / len(self.manifests)):,.0f}",
-        ]
-        rate = f"{amount / max(self.seconds, 1e-3):,.2f} {unit}/s"
+    def format_row(self, run: str) -> list[str]:
+        """Return the stage's row of the table, in the order of `COLUMNS`."""
+        counts = [self.demos, self.attempts, self.frames, self.images]
+        count, unit = self.rate_of
         return [
             run,
             self.name,
             str(len(self.manifests)),
-            *shown,
-            *times,
-            rate,
+            *("" if number is None else f"{number:,}" for number in counts),
+            f"{self.seconds:,.1f}",
+            f"{self.span:,.0f}",
+            f"{count / max(self.seconds, 1e-3):,.2f} {unit}/s",
             f"{self.size / 1e6:,.1f}",
         ]
 
 
-def inputs(manifests: Iterable[dict], name: str, base: Path) -> list[dict]:
-    """Return the manifests that some manifests name as their input; paths are as seen from `base`, where Snakemake ran."""
+def read_inputs(manifests: Iterable[dict], name: str, base: Path) -> list[dict]:
+    """Return the manifests that are the input `name` of others; paths are relative to `base`."""
     return [
         read_manifest(base / item["path"])
         for manifest in manifests
@@ -107,123 +105,83 @@ def inputs(manifests: Iterable[dict], name: str, base: Path) -> list[dict]:
     ]
 
 
-def total(manifests: list[dict], fact: str) -> int | None:
-    """Return the sum of a fact over manifests, None if any lacks it."""
-    values = [manifest["metadata"].get(fact) for manifest in manifests]
+def sum_facts(manifests: list[dict], name: str) -> int | None:
+    """Return the sum of a fact over manifests, None if one of them does not have it."""
+    values = [manifest["metadata"].get(name) for manifest in manifests]
     return None if None in values else sum(values)
 
 
-def data_stages(results: Path, run: str) -> list[Stage]:
-    """Return the stages of a run from its demonstrations to its training cache, as far as they are there.
+def read_stages(results: Path, run: str) -> list[Stage]:
+    """Return the stages of a run from its demos to its training caches, as far as they exist.
 
     Raises:
-        UserError: if the run has no norm stats, or something that they were made from is gone.
+        UserError: if the run has no norm stats, or one of their inputs is gone.
     """
-    base = results.resolve().parent
-    stats = read_manifest(results / run / "norm_stats" / "manifest.json")
-    (made,) = inputs([stats], "dataset", base)
-    replays = inputs([made], "replays", base)
-    demos = inputs(replays, "demos", base)
-    facts = made["metadata"]
-    cameras, frames = len(made["settings"]["cameras"]), facts["frames"]
-    pictures = facts["pictures"] * cameras
+    base = results.absolute().parent
+    norm_stats = read_manifest(results / run / "norm_stats" / "manifest.json")
+    (dataset,) = read_inputs([norm_stats], "dataset", base)
+    replays = read_inputs([dataset], "replays", base)
+    plans = read_inputs(replays, "demos", base)
+    num_cameras = len(dataset["settings"]["cameras"])
+    episodes, frames = dataset["metadata"]["episodes"], dataset["metadata"]["frames"]
+    images = dataset["metadata"]["pictures"] * num_cameras
+    planned, replayed = (sum_facts(shards, "demonstrations") for shards in (plans, replays))
+    attempts, rows = sum_facts(plans, "attempts"), norm_stats["metadata"]["rows"]
     stages = [
-        Stage(
-            demos[0]["stage"],
-            demos,
-            (total(demos, "demonstrations"), "demonstrations"),
-            demonstrations=total(demos, "demonstrations"),
-            attempts=total(demos, "attempts"),
-        ),
-        Stage(
-            "replay",
-            replays,
-            (pictures, "pictures"),
-            demonstrations=total(replays, "demonstrations"),
-            frames=frames,
-            pictures=pictures,
-        ),
-        Stage(
-            "dataset",
-            [made],
-            (frames, "frames"),
-            demonstrations=facts["episodes"],
-            frames=frames,
-            pictures=pictures,
-        ),
-        Stage(
-            "norm_stats",
-            [stats],
-            (stats["metadata"]["rows"], "rows"),
-            demonstrations=facts["episodes"],
-            frames=frames,
-        ),
+        Stage(plans[0]["stage"], plans, (planned or 0, "demos"), planned, attempts),
+        Stage("replay", replays, (images, "images"), replayed, frames=frames, images=images),
+        Stage("dataset", [dataset], (frames, "frames"), episodes, frames=frames, images=images),
+        Stage("norm_stats", [norm_stats], (rows, "rows"), episodes, frames=frames),
     ]
     for path in sorted(results.glob("caches/*/manifest.json")):
         cache = read_manifest(path)
-        if cache["inputs"]["dataset"][0]["digest"] == made["digest"]:
-            looks = cache["metadata"]["looks"] * cameras
+        if cache["inputs"]["dataset"][0]["digest"] == dataset["digest"]:
+            cached = cache["metadata"]["looks"] * num_cameras
             name = f"training_cache, {cache['settings']['image_size']} px"
-            stages.append(
-                Stage(
-                    name,
-                    [cache],
-                    (looks, "pictures"),
-                    demonstrations=facts["episodes"],
-                    frames=frames,
-                    pictures=looks,
-                )
-            )
+            rate = (cached, "images")
+            stages.append(Stage(name, [cache], rate, episodes, frames=frames, images=cached))
     return stages
 
 
-def print_table(lines: list[list[str]]) -> None:
-    """Print lines of cells as a table in Markdown."""
-    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
-    for number, line in enumerate(lines):
+def print_table(rows: list[list[str]]) -> None:
+    """Print rows of cells, the first of them the header, as a Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = [
+        "-" * width if index < TEXT_COLUMNS else "-" * (width - 1) + ":"
+        for index, width in enumerate(widths)
+    ]
+    for row in (rows[0], rule, *rows[1:]):
         cells = [
-            cell.ljust(width) if index < 2 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if index < TEXT_COLUMNS else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         print("| " + " | ".join(cells) + " |")
-        if number == 0:
-            print(
-                "|"
-                + "|".join(
-                    "-" * (width + 2) if index < 2 else "-" * (width + 1) + ":"
-                    for index, width in enumerate(widths)
-                )
-                + "|"
-            )
 
 
 def main() -> None:
-    """Print the table of all runs that are asked for."""
+    """Print the table of the runs that are named, or of all named datasets_..."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--results", type=Path, default=Path("results"), help="where Snakemake put its results"
     )
-    parser.add_argument(
-        "--runs", nargs="+", help="names of runs (default: those named datasets_...)"
-    )
+    parser.add_argument("--runs", nargs="+", help="runs (default: those named datasets_...)")
     arguments = parser.parse_args()
-    found = sorted(
-        path.parts[-3] for path in arguments.results.glob("datasets_*/norm_stats/manifest.json")
-    )
-    runs = arguments.runs or found
+    found = arguments.results.glob("datasets_*/norm_stats/manifest.json")
+    runs = arguments.runs or sorted(path.parts[-3] for path in found)
     if not runs:
         raise SystemExit(
-            f"{arguments.results} has no run named datasets_...; make those of config/datasets.yaml or name others with --runs."
+            f"{arguments.results} has no run named datasets_...; make those of "
+            "config/datasets.yaml, or name others with --runs."
         )
     try:
-        print_table(
-            [list(COLUMNS)]
-            + [stage.cells(run) for run in runs for stage in data_stages(arguments.results, run)]
-        )
+        rows = [
+            stage.format_row(run) for run in runs for stage in read_stages(arguments.results, run)
+        ]
     except UserError as error:
         raise SystemExit(str(error)) from None
+    print_table([list(COLUMNS), *rows])
 
 
 if __name__ == "__main__":

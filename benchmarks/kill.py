@@ -1,14 +1,18 @@
-"""Is anything lost? Kills planning, replay and conversion at random instants, and compares what the same command makes of it.
+"""Is anything lost? Kills planning, replay and conversion at random instants and compares.
 
     python benchmarks/kill.py --folder /tmp/kill --instants 20
 
-Copies of this checkout run the chain from demonstrations to dataset as a user would (`snakemake --until dataset`), with the real planner
-and simulator at a small size. The first copy is left alone. In every other one, Snakemake and all its jobs are killed (SIGKILL to the
-process group) once in each stage, at an instant drawn from the time that the stage took undisturbed; each kill is followed by the same
-command. In every second copy Snakemake alone is killed, and its jobs live on.
-At the end a copy must hold the same files as the first: HDF5, parquet, mp4 and metadata byte for byte, the decoded pictures, and all that
-manifests say but times. StageJob that was finished when the kill came must be untouched, nothing may be left over, and the command, given once
-more, must find nothing to do. The exit status is 1 otherwise.
+Copies of this checkout run the chain from demonstrations to dataset as a user would
+(`snakemake --until dataset`), with the real planner and simulator at a small size. The first copy
+is left alone. In every other one Snakemake and all its jobs are killed once in each stage (SIGKILL
+to the process group), at an instant drawn from the time that the stage took undisturbed. After each
+kill follow `snakemake --unlock` and the same command. In every second copy Snakemake alone is
+killed, and its jobs live on.
+
+At the end a copy must hold the same files as the first: HDF5, parquet, mp4 and metadata byte for
+byte, the decoded images, and all that manifests say but times. What was finished when the kill came
+must be untouched, nothing may be left over, and the command, given once more, must find nothing to
+do. The exit status is 1 otherwise.
 """
 
 import argparse
@@ -32,16 +36,27 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"plan": "demos", "replay": "replays", "dataset": "datasets"}
 """Rule of each stage, and where its work lies under results/."""
 CONFIGURATION = "kill.yaml"
+TARGET = "results/killed/success.csv"
 TIMES = ("created", "wall_time_s")
 
 
 @dataclass
 class Kill:
-    """One kill: in which copy, in the stage of which rule, how long after its first job began; and what was there then."""
+    """One kill.
+
+    Attributes:
+        copy: name of the copy.
+        rule: in whose stage.
+        planned: seconds after the rule's first job began.
+        alone: whether Snakemake is killed without its jobs.
+        seconds: when it was killed; None if the command had ended.
+        finished: what was finished then, and how to tell that it was not touched.
+        kept: whether it was not touched.
+    """
 
     copy: str
     rule: str
-    wanted: float
+    planned: float
     alone: bool = False
     seconds: float | None = None
     finished: dict[Path, tuple] = field(default_factory=dict)
@@ -51,8 +66,8 @@ class Kill:
     def counts(self) -> str:
         """Finished shards of each stage."""
         return ", ".join(
-            f"{sum(path.parts[1] == place for path in self.finished)} {place}"
-            for place in STAGES.values()
+            f"{sum(path.parts[1] == stage for path in self.finished)} {stage}"
+            for stage in STAGES.values()
         )
 
 
@@ -65,7 +80,7 @@ def make_copy(folder: Path, shards: int, demonstrations: int) -> None:
     (folder / "envs/planning/.venv").symlink_to(ROOT / "envs/planning/.venv")
     run = {
         "task": "PushCube-v1",
-        "demos": {"count": shards * demonstrations, "shard_size": demonstrations},
+        "demos": {"num_demos": shards * demonstrations, "shard_size": demonstrations},
         "replay": {"image_size": 64, "image_stride": 12},
         "dataset": {"image_storage": "video"},
         "model": {"variant": "pi05_tiny", "weights": None, "tokenizer": None},
@@ -73,10 +88,24 @@ def make_copy(folder: Path, shards: int, demonstrations: int) -> None:
     (folder / CONFIGURATION).write_text(yaml.safe_dump({"runs": {"killed": run}}))
 
 
+def snakemake(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run Snakemake in a copy to its end."""
+    command = [sys.executable, "-m", "snakemake", *words]
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+
+
+def environment() -> dict[str, str]:
+    """Return a user's environment, which does not lead to this checkout's package."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
 class Command:
-    """The command of the user, running in a copy; it notes when the first job of each rule began."""
+    """The user's command, running in a copy; it notes when the first job of each rule began."""
 
     def __init__(self, folder: Path, cores: int):
+        if (folder / ".snakemake/locks").is_dir():
+            # After a kill, Snakemake's own way out.
+            snakemake(folder, "--unlock", "--configfile", CONFIGURATION, TARGET)
         words = [
             "snakemake",
             "--cores",
@@ -87,9 +116,9 @@ class Command:
             "dataset",
         ]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *words, "--", "results/killed/success.csv"],
+            [sys.executable, "-m", *words, "--", TARGET],
             cwd=folder,
-            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -116,7 +145,14 @@ class Command:
         return self.said
 
     def kill(self, rule: str, delay: float, *, alone: bool) -> float | None:
-        """Kill Snakemake, with its jobs or alone, `delay` seconds after the first job of `rule` began; None if it ended before."""
+        """Kill Snakemake `delay` seconds after the first job of `rule` began.
+
+        Args:
+            alone: kill it without its jobs.
+
+        Returns:
+            the seconds, or None if it had ended before.
+        """
         while self.process.poll() is None and (
             rule not in self.began or time.time() < self.began[rule] + delay
         ):
@@ -137,7 +173,7 @@ class Command:
 
 
 def finished(folder: Path) -> dict[Path, tuple]:
-    """Return {manifest below results/: what changes when it, or a file that it lists, is written again}."""
+    """Return {manifest: what changes when a file that it lists is written again}."""
     states = {}
     for manifest in (folder / "results").glob("*/**/manifest.json"):
         files = [manifest.parent / name for name in json.loads(manifest.read_text())["outputs"]]
@@ -152,23 +188,23 @@ def durations(folder: Path, command: Command) -> dict[str, float]:
     last = {
         rule: max(
             manifest.stat().st_mtime
-            for manifest in (folder / "results" / place).glob("**/manifest.json")
+            for manifest in (folder / "results" / stage).glob("**/manifest.json")
         )
-        for rule, place in STAGES.items()
+        for rule, stage in STAGES.items()
     }
     return {rule: last[rule] - command.began[rule] for rule in STAGES}
 
 
 def content(path: Path) -> object:
-    """Return what is compared of a file: of a manifest all but the times, of any other its bytes."""
-    if path.name in ("manifest.json", ".manifest.done"):
+    """Return what is compared of a file: of a manifest all but the times, else its bytes."""
+    if path.name in ("manifest.json", ".manifest.done.json"):
         return {
             key: value for key, value in json.loads(path.read_text()).items() if key not in TIMES
         }
     return path.read_bytes()
 
 
-def pictures(path: Path) -> np.ndarray:
+def frames(path: Path) -> np.ndarray:
     """Return the decoded frames of a video, uint8 [n, h, w, 3]."""
     import av
 
@@ -176,35 +212,37 @@ def pictures(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """Return what differs between the work in two copies, a line each; logs are left out."""
+def differences(expected: Path, folder: Path) -> list[str]:
+    """Return what differs between two copies, a line each; logs and benchmarks are left out."""
     listed = [
         {
-            path.relative_to(folder)
-            for place in STAGES.values()
-            for path in (folder / "results" / place).rglob("*")
+            path.relative_to(copy)
+            for stage in STAGES.values()
+            for path in (copy / "results" / stage).rglob("*")
             if path.is_file()
         }
-        for folder in (one, other)
+        for copy in (expected, folder)
     ]
-    first, second = ({path for path in paths if path.suffix != ".log"} for paths in listed)
+    first, second = (
+        {path for path in paths if path.suffix not in (".log", ".tsv")} for paths in listed
+    )
     found = [f"missing: {path}" for path in sorted(first - second)] + [
         f"left over: {path}" for path in sorted(second - first)
     ]
     for path in sorted(first & second):
-        if content(one / path) != content(other / path):
+        if content(expected / path) != content(folder / path):
             found.append(f"differs: {path}")
         if path.suffix == ".mp4" and not np.array_equal(
-            pictures(one / path), pictures(other / path)
+            frames(expected / path), frames(folder / path)
         ):
-            found.append(f"pictures differ: {path}")
+            found.append(f"frames differ: {path}")
     return found
 
 
 def disturb(folder: Path, undisturbed: Path, kills: list[Kill], cores: int) -> list[str]:
-    """Kill as told, give the same command after each, and return what was lost, a line each."""
+    """Kill as planned, repeat the command after each kill, and return what was lost."""
     for kill in kills:
-        kill.seconds = Command(folder, cores).kill(kill.rule, kill.wanted, alone=kill.alone)
+        kill.seconds = Command(folder, cores).kill(kill.rule, kill.planned, alone=kill.alone)
         kill.finished = finished(folder)
     Command(folder, cores).wait()
     found = differences(undisturbed, folder)
@@ -253,12 +291,11 @@ def run(
         own = [kill for kill in kills if kill.copy == name]
         lost[name] = disturb(folder / name, undisturbed, own, cores)
         for kill in own:
-            told = "came too late" if kill.seconds is None else f"{kill.seconds:6.2f} s"
+            when = "came too late" if kill.seconds is None else f"{kill.seconds:6.2f} s"
+            alone = " (alone)" if kill.alone else ""
             kept = "kept" if kill.kept else "MADE AGAIN"
-            print(
-                f"{name:10s} {kill.rule:8s} {told}{' (alone)' if kill.alone else ''}   finished then, {kept}: {kill.counts}",
-                flush=True,
-            )
+            line = f"{name:10s} {kill.rule:8s} {when}{alone}   finished then, {kept}: {kill.counts}"
+            print(line, flush=True)
         print(f"{name:10s} {'; '.join(lost[name]) or 'the same as undisturbed'}", flush=True)
     return kills, lost
 
@@ -281,9 +318,8 @@ def main() -> None:
     folder.mkdir(parents=True)
     kills, lost = run(folder, **arguments)
     landed = sum(kill.seconds is not None for kill in kills)
-    print(
-        f"{landed} of {len(kills)} kills landed; {sum(not found for found in lost.values())} of {len(lost)} copies are the same"
-    )
+    same = sum(not found for found in lost.values())
+    print(f"{landed} of {len(kills)} kills landed; {same} of {len(lost)} copies are the same")
     if any(lost.values()) or not all(kill.kept for kill in kills):
         sys.exit(1)
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from demo2eval.pi0.config import Pi0Config, make_config
 from demo2eval.pi0.model import Observation
 from demo2eval.pi0.params import flatten, init_params, unflatten
-from demo2eval.pi0.sampling import compiler_options, fold, sample
+from demo2eval.pi0.sampling import compiler_options
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 MASKED_CAMERA = "right_wrist_0_rgb"

@@ -52,7 +52,7 @@ def pushcube_demos() -> Path:
 
 @pytest.fixture(scope="session")
 def stackcube_demos() -> Path:
-    """Manifest of a shard of two planned StackCube demos, by the Panda with a camera on its hand."""
+    """Manifest of a shard of two planned StackCube demos, by the Panda with a wrist camera."""
     return FIXTURES / "stackcube" / "manifest.json"
 
 
@@ -77,7 +77,7 @@ def pushcube_replay(pushcube_demos, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def pushcube_shards(pushcube_replay, tmp_path_factory) -> list[Path]:
-    """Manifests of two shards with the three replayed demos: two in the first, one in the second."""
+    """Manifests of two shards with the three replayed demos: two, and one."""
     import h5py
 
     from demo2eval.provenance import read_manifest, sha256_file, sha256_text, to_json

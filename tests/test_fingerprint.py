@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE_PARENT = Path(__file__).resolve().parent.parent / "workflow"
+PACKAGE_PARENT = Path(__file__).resolve().parents[1] / "workflow"
 MODULE = "demo2eval.evaluation.success_table"
 
 
@@ -45,22 +45,22 @@ def edit(package: Path, name: str, change):
 )
 def test_words_and_layout_change_nothing(package, change):
     before = fingerprint(package)
-    edit(package, "success_table.py", change)
+    edit(package, "evaluation/success_table.py", change)
     assert fingerprint(package) == before
 
 
 def test_an_edit_counts_and_restoring_undoes_it(package):
     before = fingerprint(package)
-    edit(package, "success_table.py", lambda text: text + "\nEDITED = 1\n")
+    edit(package, "evaluation/success_table.py", lambda text: text + "\nEDITED = 1\n")
     assert fingerprint(package) != before
-    edit(package, "success_table.py", lambda text: text.removesuffix("\nEDITED = 1\n"))
+    edit(package, "evaluation/success_table.py", lambda text: text.removesuffix("\nEDITED = 1\n"))
     assert fingerprint(package) == before
 
 
 def test_an_imported_module_counts_and_another_does_not(package):
     module = "demo2eval.training.train"
     before = fingerprint(package, module)
-    edit(package, "success_table.py", lambda text: text + "\nEDITED = 1\n")
+    edit(package, "evaluation/success_table.py", lambda text: text + "\nEDITED = 1\n")
     assert fingerprint(package, module) == before
     edit(package, "training/state.py", lambda text: text + "\nEDITED = 1\n")
     assert fingerprint(package, module) != before
@@ -68,7 +68,7 @@ def test_an_imported_module_counts_and_another_does_not(package):
 
 def test_bookkeeping_does_not_count(package):
     before = fingerprint(package)
-    edit(package, "manifest.py", lambda text: text + "\nEDITED = 1\n")
+    edit(package, "provenance.py", lambda text: text + "\nEDITED = 1\n")
     assert fingerprint(package) == before
 
 
@@ -77,7 +77,7 @@ def test_the_words_of_a_user_error_do_not_count(package):
     before = fingerprint(package, module)
     edit(
         package,
-        "description.py",
+        "checkpoints/policy_metadata.py",
         lambda text: text.replace("was written by another version", "is of another version"),
     )
     assert fingerprint(package, module) == before

@@ -1,8 +1,4 @@
-"""Nothing is lost: the chain from demonstrations to dataset, killed once in each stage, ends as if it had been left alone."""
-
-import subprocess
-import sys
-import time
+"""Nothing is lost: the chain up to the dataset, killed in each stage, ends as if left alone."""
 
 import pytest
 from benchmark_modules import load_benchmark
@@ -10,6 +6,7 @@ from benchmark_modules import load_benchmark
 kill_benchmark = load_benchmark("kill")
 
 
+@pytest.mark.simulator
 def test_killed_in_each_stage_the_same_command_ends_the_same(tmp_path):
     kills, lost = kill_benchmark.run(
         tmp_path, instants=3, seed=0, shards=1, demonstrations=1, cores=2
@@ -21,32 +18,18 @@ def test_killed_in_each_stage_the_same_command_ends_the_same(tmp_path):
     assert list(tmp_path.glob("undisturbed/results/datasets/*/lerobot/**/*.mp4"))
 
 
-@pytest.mark.parametrize("alive", [True, False])
-def test_a_lock_holds_as_long_as_its_snakemake_lives(tmp_path, alive):
-    """The jobs of a killed Snakemake live on; they do not hold its lock."""
-    kill_benchmark.make_copy(tmp_path / "copy", 1, 1)
-    command = kill_benchmark.Command(tmp_path / "copy", 1)
-    if not alive:
-        assert command.kill("plan", 0.0, alone=True) is not None
-    while alive and not command.began:
-        time.sleep(0.01)
-    words = [
-        "--cores",
-        "1",
-        "--configfile",
-        kill_benchmark.CONFIGURATION,
-        "--until",
-        "plan",
-        "--",
-        "results/killed/success.csv",
-    ]
-    second = subprocess.run(
-        [sys.executable, "-m", "snakemake", *words],
-        cwd=tmp_path / "copy",
-        capture_output=True,
-        text=True,
-    )
-    command.stop()
-    assert (second.returncode != 0) == alive, second.stderr
-    assert ("cannot be locked" in second.stdout + second.stderr) == alive
-    assert len(list(tmp_path.glob("copy/results/demos/*/*/manifest.json"))) == (not alive)
+@pytest.mark.simulator
+def test_a_killed_snakemake_is_unlocked_and_its_living_job_is_reused(tmp_path):
+    """The job of a killed Snakemake lives on; after --unlock the same command waits for it."""
+    folder = tmp_path / "copy"
+    kill_benchmark.make_copy(folder, 1, 1)
+    assert kill_benchmark.Command(folder, 1).kill("plan", 0.0, alone=True) is not None
+    words = ["--cores", "1", "--configfile", kill_benchmark.CONFIGURATION, "--until", "plan"]
+    locked = kill_benchmark.snakemake(folder, *words, "--", kill_benchmark.TARGET)
+    assert locked.returncode != 0
+    assert "--unlock" in locked.stdout + locked.stderr
+    kill_benchmark.snakemake(folder, "--unlock", *words, "--", kill_benchmark.TARGET)
+    again = kill_benchmark.snakemake(folder, *words, "--", kill_benchmark.TARGET)
+    assert again.returncode == 0, again.stderr
+    (log,) = folder.glob("results/demos/*/*/plan.log")
+    assert "reused" in log.read_text()

@@ -1,4 +1,4 @@
-"""Manifests: finished work is adopted, half-done work never is."""
+"""Manifests: finished work is reused, half-done work never is."""
 
 import contextlib
 import json
@@ -9,25 +9,26 @@ import time
 
 import pytest
 
+from demo2eval.config import Training
 from demo2eval.errors import UserError
-from demo2eval.provenance import input_digest, run_stage, read_manifest
+from demo2eval.provenance import input_digest, read_manifest, run_stage
 
 MODULE = "demo2eval.checkpoints.policy_metadata"
 
 
-def make(output, settings=None, inputs=None, text="payload"):
+def make(output, settings=None, inputs=None, text="content"):
     """Run a stage that writes one file; return whether it had to."""
     with run_stage(
         output, stage="test", module=MODULE, settings=settings or {"a": 1}, inputs=inputs
     ) as job:
         if job.reused:
             return False
-        (job.folder / "payload.txt").write_text(text)
-        job.finish([job.folder / "payload.txt"], count=1)
+        (job.folder / "output.txt").write_text(text)
+        job.finish([job.folder / "output.txt"], count=1)
     return True
 
 
-def test_a_manifest_tells_what_made_the_payload(tmp_path):
+def test_a_manifest_says_what_made_the_outputs(tmp_path):
     source = tmp_path / "source.txt"
     source.write_text("source")
     output = tmp_path / "out" / "manifest.json"
@@ -35,12 +36,12 @@ def test_a_manifest_tells_what_made_the_payload(tmp_path):
     manifest = read_manifest(output)
     assert manifest["settings"] == {"a": 1}
     assert manifest["inputs"]["source"] == [{"path": str(source), "digest": input_digest(source)}]
-    assert manifest["outputs"]["payload.txt"]["bytes"] == len("payload")
+    assert manifest["outputs"]["output.txt"]["bytes"] == len("content")
     assert manifest["metadata"] == {"count": 1}
     assert "python" in manifest["versions"]
 
 
-def test_equal_work_is_adopted_when_its_manifest_was_removed(tmp_path):
+def test_equal_work_is_reused_when_its_manifest_was_removed(tmp_path):
     output = tmp_path / "manifest.json"
     make(output)
     before = output.read_text()
@@ -49,15 +50,15 @@ def test_equal_work_is_adopted_when_its_manifest_was_removed(tmp_path):
     assert output.read_text() == before
 
 
-@pytest.mark.parametrize("damage", ["settings", "input", "payload"])
-def test_other_work_is_not_adopted(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["settings", "input", "content"])
+def test_other_work_is_not_reused(tmp_path, damage):
     source, output = tmp_path / "source.txt", tmp_path / "out" / "manifest.json"
     source.write_text("source")
     make(output, inputs={"source": source})
     if damage == "input":
         source.write_text("changed")
-    if damage == "payload":
-        (output.parent / "payload.txt").write_text("cut")
+    if damage == "content":
+        (output.parent / "output.txt").write_text("cut")
     assert make(output, settings={"a": 2 if damage == "settings" else 1}, inputs={"source": source})
 
 
@@ -83,27 +84,27 @@ def test_partial_files_survive_and_those_of_other_settings_are_removed(tmp_path)
     assert len(list(tmp_path.glob(".manifest.partial-*"))) == 1
 
 
-def test_the_manifest_of_other_work_is_gone_before_its_payload_is_touched(tmp_path):
+def test_the_manifest_of_other_work_is_gone_before_its_outputs_are_replaced(tmp_path):
     output = tmp_path / "manifest.json"
     make(output, {"a": 1})
     with (
         contextlib.suppress(KeyboardInterrupt),
-        run_stage(output, stage="test", module=MODULE, settings={"a": 2}) as work,
+        run_stage(output, stage="test", module=MODULE, settings={"a": 2}) as job,
     ):
         assert not output.exists()
-        assert not work.done_file.exists()
-        (job.partial / "payload.txt").write_text("PAYLOAD")
-        (job.partial / "payload.txt").replace(job.folder / "payload.txt")
+        assert not list(output.parent.glob(".manifest.done*"))
+        (job.partial / "output.txt").write_text("CONTENT")
+        (job.partial / "output.txt").replace(job.folder / "output.txt")
         raise KeyboardInterrupt
     assert not output.exists()
-    # The new payload is as long as the old one, and still nobody takes it for that.
+    # The new output is as long as the old one, and still nobody takes it for that.
     assert make(output, {"a": 1})
-    assert (tmp_path / "payload.txt").read_text() == "payload"
+    assert (tmp_path / "output.txt").read_text() == "content"
 
 
 def _killed(output):
     with run_stage(output, stage="test", module=MODULE, settings={"a": 2}) as job:
-        (job.folder / "payload.txt").write_text("PAYLOAD")
+        (job.folder / "output.txt").write_text("CONTENT")
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -114,31 +115,21 @@ def test_a_kill_while_other_work_is_replaced_leaves_no_manifest(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert (tmp_path / "payload.txt").read_text() == "PAYLOAD"
+    assert (tmp_path / "output.txt").read_text() == "CONTENT"
     assert not output.exists()
     assert make(output, {"a": 1})
-    assert (tmp_path / "payload.txt").read_text() == "payload"
-
-
-def test_a_refusal_leaves_other_work_as_it_was(tmp_path):
-    output = tmp_path / "manifest.json"
-    make(output, {"a": 1})
-    before = output.read_bytes(), output.stat().st_mtime_ns
-    with pytest.raises(UserError), run_stage(output, stage="test", module=MODULE, settings={"a": 2}):
-        raise UserError("these settings are refused.")
-    assert (output.read_bytes(), output.stat().st_mtime_ns) == before
-    assert not make(output, {"a": 1})
+    assert (tmp_path / "output.txt").read_text() == "content"
 
 
 def _slow(output, started):
     with run_stage(output, stage="test", module=MODULE, settings={"a": 1}) as job:
         started.set()
         time.sleep(1.0)
-        (job.folder / "payload.txt").write_text("payload")
-        job.finish([job.folder / "payload.txt"])
+        (job.folder / "output.txt").write_text("content")
+        job.finish([job.folder / "output.txt"])
 
 
-def test_a_duplicate_waits_and_adopts(tmp_path):
+def test_a_duplicate_waits_and_reuses(tmp_path):
     output = tmp_path / "manifest.json"
     context = multiprocessing.get_context("spawn")
     started = context.Event()
@@ -157,3 +148,37 @@ def test_a_missing_or_broken_manifest_is_a_sentence(tmp_path, content):
         path.write_text(content)
     with pytest.raises(UserError, match=str(path)):
         read_manifest(path)
+
+
+def test_a_declared_output_that_snakemake_deleted_comes_back(tmp_path):
+    output, table = tmp_path / "0.json", tmp_path / "0" / "metrics.csv"
+
+    def work() -> bool:
+        with run_stage(output, stage="test", module=MODULE, settings={"a": 1}) as job:
+            if not job.reused:
+                table.parent.mkdir(exist_ok=True)
+                table.write_text("step,loss\n")
+                job.finish([table], declared=[table])
+            return job.reused
+
+    assert not work()
+    output.unlink()
+    table.unlink()
+    assert work()
+    assert table.read_text() == "step,loss\n"
+
+
+def test_settings_that_only_schedule_are_not_among_those_that_count(tmp_path):
+    def work(training: Training) -> bool:
+        output, settings = tmp_path / "manifest.json", {"training": training}
+        with run_stage(output, stage="test", module=MODULE, settings=settings) as job:
+            if not job.reused:
+                job.finish([])
+            return job.reused
+
+    assert not work(Training())
+    assert work(Training(num_train_steps=60_000, save_interval=500))
+    assert not work(Training(batch_size=64))
+    recorded = read_manifest(tmp_path / "manifest.json")["settings"]["training"]
+    assert recorded["batch_size"] == 64
+    assert "num_train_steps" not in recorded

@@ -1,12 +1,13 @@
-"""The model against LeRobot's own PI05 and PI0 policies in PyTorch, given the same weights, noise and time.
+"""The model against LeRobot's own PI05 and PI0 policies in PyTorch: same weights, noise and time.
 
 LeRobot's policies need transformers, which nothing else here does:
 
-    uv run --group parity pytest tests/test_lerobot_parity.py
+    uv run --group parity pytest tests/checkpoints/test_lerobot_parity.py
 
-Measured with lerobot 0.6.1, transformers 5.5.4 and torch 2.11 on CPU, float32, as the largest absolute difference between the two
-(velocities reach 3.1): Pi0.5 v_t 4.0e-5, actions of ten steps 3.7e-5; Pi0 v_t 6.4e-5, actions 2.4e-5. LeRobot takes the sines of
-time in float64, openpi and this project in float32: with the same sines v_t differs by 1.3e-6 and 3.0e-6.
+Measured with lerobot 0.6.1, transformers 5.5.4 and torch 2.11 on CPU, float32, as the largest
+absolute difference between the two (v_t reaches 3.1): Pi0.5 v_t 4.0e-5, actions of ten flow steps
+3.7e-5; Pi0 v_t 6.4e-5, actions 2.4e-5. LeRobot takes the sines of time in float64, openpi and this
+project in float32: with the same sines v_t differs by 1.3e-6 and 3.0e-6.
 """
 
 import numpy as np
@@ -19,20 +20,12 @@ pytest.importorskip(
 
 import jax.numpy as jnp
 import torch
+from golden_data import difference, lerobot_folder, read
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0 import modeling_pi0
 from lerobot.policies.pi05 import modeling_pi05
 from safetensors.torch import load_file
-from test_openpi_parity import (
-    GOLDEN,
-    SPEC,
-    config_of,
-    difference,
-    forward,
-    observation_of,
-    params_of,
-    read,
-)
+from test_openpi_parity import SPEC, config_of, forward, observation_of, params_of
 
 from demo2eval.checkpoints.huggingface import from_huggingface, to_huggingface
 from demo2eval.checkpoints.openpi import load_params, save_params
@@ -52,23 +45,27 @@ def case(request, tmp_path):
     family, source = request.param
     config = config_of(family)
     if source == "lerobot's file":
-        from_huggingface(GOLDEN / "hf_pi05", tmp_path / "params", config)
-        return family, GOLDEN / "hf_pi05", load_params(tmp_path / "params", config)
+        folder = lerobot_folder(tmp_path, config)
+        from_huggingface(folder, tmp_path / "from_lerobot", config)
+        return family, folder, load_params(tmp_path / "from_lerobot", config)
     save_params(tmp_path / "params", params_of(family))
     to_huggingface(tmp_path / "params", tmp_path / "model.safetensors", config)
     return family, tmp_path, params_of(family)
 
 
 def small(build, **sizes):
-    """Return `build` of a Hugging Face configuration, with sizes changed in it: LeRobot fixes the vocabulary and the vision tower."""
+    """Return `build` with sizes changed in its Hugging Face configuration.
+
+    LeRobot fixes the vocabulary and the vision encoder.
+    """
 
     def build_small(config):
         for name, value in sizes.items():
-            *parents, last = name.split("__")
-            place = config
+            *parents, field = name.split("__")
+            section = config
             for parent in parents:
-                place = getattr(place, parent)
-            setattr(place, last, value)
+                section = getattr(section, parent)
+            setattr(section, field, value)
         return build(config=config)
 
     return build_small
@@ -78,9 +75,9 @@ def load_policy(family: str, folder, monkeypatch):
     """Load LeRobot's policy of the reference data's sizes with its own loader."""
     module, policy, config = LEROBOT[family]
     sizes = SPEC["config"]
-    towers = {"gemma_2b": sizes["paligemma"], "gemma_300m": sizes["action_expert"]}
+    experts = {"gemma_2b": sizes["paligemma"], "gemma_300m": sizes["action_expert"]}
     monkeypatch.setattr(
-        module, "get_gemma_config", lambda variant: module.GemmaConfig(**towers[variant])
+        module, "get_gemma_config", lambda variant: module.GemmaConfig(**experts[variant])
     )
     vision = {
         "hidden_size": sizes["siglip"]["width"],
@@ -112,33 +109,34 @@ def load_policy(family: str, folder, monkeypatch):
     ).eval()
 
 
-def velocity_and_actions(policy, inputs: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Return LeRobot's v_t and its actions of ten flow steps, float32 [b, horizon, action_dim] each."""
+def v_t_and_actions(policy, inputs: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return LeRobot's v_t and actions of ten flow steps, float32 [b, horizon, action_dim]."""
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     images = [
         (tensors[f"image/{name}"].float() / 255 * 2 - 1).permute(0, 3, 1, 2)
         for name in SPEC["cams"]
     ]
     masks = [tensors[f"image_mask/{name}"] for name in SPEC["cams"]]
-    seen = [images, masks, tensors["tokenized_prompt"].long(), tensors["tokenized_prompt_mask"]]
+    prompt = tensors["tokenized_prompt"].long(), tensors["tokenized_prompt_mask"]
+    observation = [images, masks, *prompt]
     if policy.name == "pi0":
-        seen.append(tensors["state"])
+        observation.append(tensors["state"])
     # The forward pass returns the loss alone.
-    velocities = []
+    outputs = []
     handle = policy.model.action_out_proj.register_forward_hook(
-        lambda module, arguments, result: velocities.append(result)
+        lambda module, arguments, output: outputs.append(output)
     )
     with torch.no_grad():
-        policy.model(*seen, *(tensors[name] for name in ("actions", "noise", "time")))
+        policy.model(*observation, *(tensors[name] for name in ("actions", "noise", "time")))
         handle.remove()
-        actions = policy.model.sample_actions(*seen, noise=tensors["noise"], num_steps=10)
-    return velocities[0].numpy(), actions.numpy()
+        actions = policy.model.sample_actions(*observation, noise=tensors["noise"], num_steps=10)
+    return outputs[0].numpy(), actions.numpy()
 
 
 def test_lerobots_policy_gives_the_same(case, monkeypatch, capsys, record_property):
     family, folder, params = case
     policy = load_policy(family, folder, monkeypatch)
-    # LeRobot goes on with fresh weights if its strict loading fails, so see that every array is the file's.
+    # If its strict loading fails, LeRobot goes on with fresh weights: see that all are the file's.
     assert "All keys loaded successfully" in capsys.readouterr().out
     loaded, file = policy.state_dict(), load_file(folder / "model.safetensors")
     for name, value in file.items():
@@ -146,16 +144,16 @@ def test_lerobots_policy_gives_the_same(case, monkeypatch, capsys, record_proper
             name
         )
     inputs, golden = read(f"{family}_inputs"), read(f"{family}_float32")
-    velocity, actions = velocity_and_actions(policy, inputs)
+    v_t, actions = v_t_and_actions(policy, inputs)
     config = config_of(family)
     ours = forward(config, params, inputs)["v_t"]
     sampled = sampling.sample_actions(
         config, params, observation_of(inputs), jnp.asarray(inputs["noise"])
     )
     figures = {
-        "v_t": difference(velocity, ours),
+        "v_t": difference(v_t, ours),
         "actions": difference(actions, sampled),
-        "v_t, openpi": difference(velocity, golden["v_t"]),
+        "v_t, openpi": difference(v_t, golden["v_t"]),
         "actions, openpi": difference(actions, golden["actions_10"]),
     }
     for name, value in figures.items():

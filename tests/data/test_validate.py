@@ -390,7 +390,9 @@ def test_bad_pictures_of_all_shards_are_one_list(shards, tmp_path, workers):
 def test_skipping_makes_the_dataset_of_the_others(shards, pushcube_shards, tmp_path, storage):
     """Bytes are those of a dataset for which the bad demonstration was never recorded."""
     array(f"{CAMERA}/rgb", black)(shards)
-    skipped = make(tmp_path / "skipped", shards, on_invalid="skip", image_storage=storage)["metadata"]
+    skipped = make(tmp_path / "skipped", shards, on_invalid="skip", image_storage=storage)[
+        "metadata"
+    ]
     within(lambda file: file.__delitem__("traj_1"))(shards)
     described(unlisted)(shards)
     without = make(tmp_path / "without", shards, image_storage=storage)
@@ -466,7 +468,10 @@ def test_importing_skips_what_is_bad(pushcube_demos, tmp_path):
         tmp_path / "trajectory.h5",
         output,
     )
-    facts, seeds = read_manifest(output)["metadata"], read_manifest(pushcube_demos)["metadata"]["seeds"]
+    facts, seeds = (
+        read_manifest(output)["metadata"],
+        read_manifest(pushcube_demos)["metadata"]["seeds"],
+    )
     assert facts["seeds"] == [seeds[0], seeds[2]]
     reason = "its actions are not finite at step 5"
     assert facts["skipped"] == [
@@ -497,7 +502,10 @@ def test_replaying_skips_what_is_bad(pushcube_demos, tmp_path):
         on_invalid="skip",
     )
     replay(settings, tmp_path / "demos" / "manifest.json", output)
-    facts, seeds = read_manifest(output)["metadata"], read_manifest(pushcube_demos)["metadata"]["seeds"]
+    facts, seeds = (
+        read_manifest(output)["metadata"],
+        read_manifest(pushcube_demos)["metadata"]["seeds"],
+    )
     assert (facts["demonstrations"], facts["seeds"]) == (2, [seeds[0], seeds[2]])
     assert [one["trajectory"] for one in facts["skipped"]] == ["traj_1"]
     assert check_demos.check_demos([output]) == ([], 1, 2)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from demo2eval.checkpoints.openpi import load_params, save_params
-from demo2eval.checkpoints.policy_metadata import assets_folder
+from demo2eval.checkpoints.policy_metadata import find_assets
 from demo2eval.config import Actions, Dataset, Model, Replay
 from demo2eval.data.chunks import chunk_rows, last_rows
 from demo2eval.data.loader import BatchLoader, draw_samples
@@ -112,7 +112,7 @@ def test_seven_joints_are_differences_from_the_state_and_the_gripper_is_not(
     """In training's batches and, the same, in the norm stats; a mask of 6 or 8 would show here."""
     checkpoint = checkpoints["state_token"]
     batch = BatchLoader.for_policy(cache, checkpoint).load_batch(0, NUM_SAMPLES, 0)
-    stats = load_norm_stats(assets_folder(checkpoint) / "norm_stats.json")["actions"]
+    stats = load_norm_stats(find_assets(checkpoint) / "norm_stats.json")["actions"]
     predicted = unnormalize(batch["actions"], stats, use_quantiles=True)[..., :8]
     expected = demonstrated.astype(np.float64)
     expected[..., :7] -= np.stack([item["state"][:7] for item in observations])[:, None]

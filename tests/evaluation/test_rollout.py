@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import find_task
 
-from demo2eval.checkpoints.policy_metadata import read_description
+from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.config import Evaluation
 from demo2eval.errors import UserError
 from demo2eval.evaluation.rollout import (
@@ -44,7 +44,7 @@ def run_undisturbed(run: Path, table: Path) -> bytes:
     """Run the same episodes in this process, in one env; return the table."""
     checkpoint = run / "checkpoints/0"
     settings = make_episode_settings(
-        read_description(checkpoint), "PushCube-v1", TASK.object, TASK.milestones, EVALUATION
+        read_policy_metadata(checkpoint), "PushCube-v1", TASK.object, TASK.milestones, EVALUATION
     )
     env, infer = make_rollout_env(settings), policy_loader(checkpoint, EVALUATION)()
     write_rows(table, [to_row(run_episode(env, settings, seed, infer)) for seed in range(4)])

@@ -1,45 +1,39 @@
 """The model against openpi's own numbers.
 
-The folder in the environment variable GOLDEN_DIR (default tests/golden) says in its golden.json of what size it is.
+The folder in the environment variable GOLDEN_DIR (default: tests/golden) says in its golden.json of
+what size it is. Its arrays may be whole or reduced; `golden_data` compares with either.
 """
 
 import dataclasses
 import json
-import os
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden_data import GOLDEN, assert_equal, difference, lerobot_folder, pair, read
 
 from demo2eval.checkpoints.huggingface import open_huggingface
 from demo2eval.checkpoints.openpi import load_params
 from demo2eval.errors import UserError
 from demo2eval.pi0 import gemma, model, sampling
 from demo2eval.pi0.config import GemmaConfig, LoraConfig, Pi0Config, SiglipConfig, make_config
-from demo2eval.pi0.normalize import exact_stats, load_norm_stats
-from demo2eval.pi0.params import flatten, init_params, table, unflatten
+from demo2eval.pi0.image import resize_with_pad
+from demo2eval.pi0.normalize import exact_stats, load_norm_stats, normalize, unnormalize
+from demo2eval.pi0.params import flatten, init_params, param_table, unflatten
 from demo2eval.pi0.tokenizer import Tokenizer, discretize
-from demo2eval.pi0.transforms import (
-    absolute_actions,
-    augment,
-    delta_actions,
-    normalize,
-    pad,
-    resize_with_pad,
-    unnormalize,
-)
+from demo2eval.pi0.transforms import absolute_actions, delta_actions, pad
+from demo2eval.training.augmentation import augment
 from demo2eval.training.optimizer import ema_update, make_optimizer, make_schedule
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 FACTS = json.loads((GOLDEN / "data.json").read_text())
 SPEC = json.loads((GOLDEN / "golden.json").read_text())
+CHECKPOINT = next((GOLDEN / "checkpoint_pi05_ema").iterdir()) / "params"
 FAMILIES = ("pi05", "pi0")
 PRECISIONS = ("float32", "bfloat16", "bfloat16_params")
-TOWERS = {"paligemma": "paligemma", "action_expert": "expert"}
+EXPERTS = {"paligemma": "paligemma", "action_expert": "expert"}
 RANKS = ("attn_rank", "attn_alpha", "ffn_rank", "ffn_alpha")
 WITH_LORA = pytest.mark.skipif(
     not (GOLDEN / "pi05_lora_float32.npz").exists(), reason="GOLDEN_DIR has no numbers of LoRA"
@@ -74,7 +68,7 @@ def lora_config_of(family: str) -> Pi0Config:
     config = config_of(family)
     ranks = {
         name: LoraConfig(*(SPEC["lora"][key][kind] for kind in RANKS))
-        for name, key in TOWERS.items()
+        for name, key in EXPERTS.items()
     }
     return dataclasses.replace(
         config,
@@ -83,11 +77,6 @@ def lora_config_of(family: str) -> Pi0Config:
             for name, lora in ranks.items()
         },
     )
-
-
-def read(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return {key: file[key] for key in file.files}
 
 
 def params_of(name: str, precision: str = "float32") -> dict:
@@ -112,72 +101,64 @@ def observation_of(inputs: dict, cameras=None, tokens: int | None = None) -> mod
 
 
 @partial(jax.jit, static_argnums=0)
-def forward(config: Pi0Config, params: dict, inputs: dict, condition=None) -> dict:
-    """Run the model's own parts one by one and return what each gives."""
+def forward(config: Pi0Config, params: dict, inputs: dict, adarms_cond=None) -> dict:
+    """Run the parts of the model one by one and return what each gives.
+
+    If `adarms_cond` is given, it takes the place of the model's own in the action expert.
+    """
     observation, time = observation_of(inputs), jnp.asarray(inputs["time"])
-    at = time[:, None, None]
-    noisy = at * inputs["noise"] + (1 - at) * inputs["actions"]
-    prefix, prefix_valid = model.embed_prefix(config, params, observation)
-    suffix, opens_block, own_condition = model.embed_suffix(
-        config, params, observation.state, noisy, time
+    t = time[:, None, None]
+    x_t = t * inputs["noise"] + (1 - t) * inputs["actions"]
+    prefix, prefix_mask = model.embed_prefix(config, params, observation)
+    suffix, suffix_ar_mask, own_adarms_cond = model.embed_suffix(
+        config, params, observation.state, x_t, time
     )
-    valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
-    mask = model.attention_mask(
-        valid, jnp.concatenate([jnp.zeros(prefix.shape[1], bool), opens_block])
-    )
-    positions = model.positions_of(valid)
-    prefix_out, out = gemma.run(
+    input_mask = jnp.concatenate([prefix_mask, jnp.ones(suffix.shape[:2], bool)], axis=1)
+    ar_mask = jnp.concatenate([jnp.zeros(prefix.shape[1], bool), suffix_ar_mask])
+    attn_mask = model.make_attn_mask(input_mask, ar_mask)
+    positions = model.make_positions(input_mask)
+    prefix_out, suffix_out = gemma.forward(
         (config.paligemma, config.action_expert),
         params["PaliGemma"]["llm"],
         [prefix, suffix],
-        [None, own_condition if condition is None else condition],
+        [None, own_adarms_cond if adarms_cond is None else adarms_cond],
         positions,
-        mask,
+        attn_mask,
     )
     return {
         "prefix_embs": prefix,
-        "prefix_mask": prefix_valid,
+        "prefix_mask": prefix_mask,
         "suffix_embs": suffix,
-        "adarms_cond": own_condition,
-        "attn_mask": mask,
+        "adarms_cond": own_adarms_cond,
+        "attn_mask": attn_mask,
         "positions": positions,
         "prefix_out": prefix_out,
-        "suffix_out": out,
-        "x_t": noisy,
+        "suffix_out": suffix_out,
+        "x_t": x_t,
         "u_t": inputs["noise"] - inputs["actions"],
-        "v_t": model.velocity(config, params, out),
+        "v_t": model.predict_v_t(config, params, suffix_out),
     }
-
-
-def difference(value, golden: np.ndarray) -> float:
-    return float(np.abs(np.asarray(value, np.float32) - np.asarray(golden, np.float32)).max())
 
 
 def compare(config: Pi0Config, params: dict, inputs: dict, golden: dict, tolerance: float) -> None:
     """Compare all that `golden` holds of a forward pass, loss and sampling."""
-    mine = forward(config, params, inputs)
+    ours = forward(config, params, inputs)
     assert {"v_t", "loss", "actions_10"} <= golden.keys()
     for name in golden.keys() & {"attn_mask", "positions", "prefix_mask"}:
-        np.testing.assert_array_equal(mine[name], golden[name])
+        assert_equal(ours[name], golden[name], name)
     for name in golden.keys() & {"suffix_embs", "adarms_cond", "suffix_out", "x_t", "u_t", "v_t"}:
-        assert difference(mine[name], golden[name]) < tolerance, name
-    seen = np.asarray(mine["prefix_mask"])[..., None]
+        assert difference(ours[name], golden[name]) < tolerance, name
+    prefix_mask = ours["prefix_mask"][..., None]
     for name in golden.keys() & {"prefix_embs", "prefix_out"}:
-        assert (
-            difference(np.where(seen, mine[name], 0), np.where(seen, golden[name], 0)) < tolerance
-        ), name
+        assert difference(ours[name], golden[name], where=prefix_mask) < tolerance, name
     observation, actions = observation_of(inputs), inputs["actions"]
     loss = flow_loss(config, params, observation, actions, inputs["noise"], inputs["time"])
     assert difference(loss, golden["loss"]) < tolerance
-    assert (
-        difference(
-            sample_actions(config, params, observation, inputs["noise"]), golden["actions_10"]
-        )
-        < tolerance
-    )
+    sampled = sample_actions(config, params, observation, inputs["noise"])
+    assert difference(sampled, golden["actions_10"]) < tolerance
     if "compute_loss_key7" in golden:
-        drawn = model.compute_loss(config, params, jax.random.key(7), observation, actions)
-        assert difference(drawn, golden["compute_loss_key7"]) < tolerance
+        loss = model.compute_loss(config, params, jax.random.key(7), observation, actions)
+        assert difference(loss, golden["compute_loss_key7"]) < tolerance
 
 
 def compare_gradients(config: Pi0Config, params: dict, inputs: dict, golden: dict) -> set[str]:
@@ -216,21 +197,21 @@ def test_lora():
         read("pi05_lora_float32"),
     )
     assert {name: value.shape for name, value in flatten(params).items()} == {
-        name: shape for name, (shape, _) in table(config).items()
+        name: shape for name, (shape, _) in param_table(config).items()
     }
     compare(config, params, inputs, golden, 1e-4)
     compare_gradients(config, params, inputs, golden)
 
 
-def test_the_expert_given_openpis_condition():
+def test_the_expert_given_openpis_adarms_cond():
     golden = read("pi05_float32")
-    mine = forward(
+    ours = forward(
         config_of("pi05"),
         params_of("pi05"),
         read("pi05_inputs"),
-        condition=jnp.asarray(golden["adarms_cond"]),
+        adarms_cond=jnp.asarray(golden["adarms_cond"]),
     )
-    assert difference(mine["suffix_out"], golden["suffix_out"]) < 1e-5
+    assert difference(ours["suffix_out"], golden["suffix_out"]) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -274,13 +255,13 @@ def test_full_size_trees(variant):
 
 def test_the_reference_tree_is_the_models():
     for family in FAMILIES:
-        shapes = {name: shape for name, (shape, _) in table(config_of(family)).items()}
+        shapes = {name: shape for name, (shape, _) in param_table(config_of(family)).items()}
         assert shapes == {name: value.shape for name, value in read(f"{family}_params").items()}
 
 
 @pytest.fixture(scope="module")
 def training_key() -> jax.Array:
-    """The key of the reference's training run: the seed whose first step draws the noise that is stored."""
+    """The key of the reference's training run: its first step draws the noise that is stored."""
     noise = read("pi05_ema_train3")["noise0"]
     for seed in (42, *range(42)):
         key, _ = jax.random.split(jax.random.key(seed))
@@ -293,7 +274,7 @@ def training_key() -> jax.Array:
 
 
 def test_three_real_training_steps(training_key):
-    """Augmentation, loss, clipping, AdamW with the schedule, and EMA together, with openpi's noise and time."""
+    """Augmentation, loss, clipping, AdamW, schedule and EMA, given openpi's noise and time."""
     golden, inputs, config = read("pi05_ema_train3"), read("pi05_inputs"), config_of("pi05")
     facts = json.loads((GOLDEN / "pi05_ema_train3.json").read_text())
     schedule = make_schedule(2, 1e-3, 6, 1e-4)
@@ -303,12 +284,13 @@ def test_three_real_training_steps(training_key):
     optimizer = make_optimizer(schedule)
     params = average = params_of("pi05")
     state = optimizer.init(params)
-    plain = observation_of(inputs)
+    unchanged = observation_of(inputs)
 
     @jax.jit
-    def step(params, average, state, plain, key, noise, time):
+    def step(params, average, state, observation, key, noise, time):
         augment_key, _, _ = jax.random.split(key, 3)
-        observation = dataclasses.replace(plain, images=augment(augment_key, plain.images))
+        images = augment(augment_key, observation.images)
+        observation = dataclasses.replace(observation, images=images)
 
         def mean_loss(params):
             return model.flow_loss(
@@ -319,38 +301,42 @@ def test_three_real_training_steps(training_key):
         updates, state = optimizer.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
         average = ema_update(average, params, facts["ema"])
-        return params, average, state, loss, optax.global_norm(gradients), observation.images
+        return params, average, state, loss, optax.global_norm(gradients), images
 
     for index, info in enumerate(facts["infos"]):
         key = jax.random.fold_in(training_key, index)
         params, average, state, loss, norm, images = step(
-            params, average, state, plain, key, golden[f"noise{index}"], golden[f"time{index}"]
+            params, average, state, unchanged, key, golden[f"noise{index}"], golden[f"time{index}"]
         )
         assert float(loss) == pytest.approx(info["loss"], abs=1e-4)
         assert float(norm) == pytest.approx(info["grad_norm"], rel=1e-3)
         if index == 0:
-            for camera, picture in images.items():
+            for camera, image in images.items():
                 # Stored in float16.
-                assert difference(picture, golden[f"aug0/{camera}"]) < 2e-3, camera
-    for kind, tree in (("params_after3", params), ("ema_after3", average)):
-        stored = {
-            name.removeprefix(f"{kind}/"): value
-            for name, value in golden.items()
-            if name.startswith(f"{kind}/")
+                assert difference(image, golden[f"aug0/{camera}"]) < 2e-3, camera
+    params_after3 = {
+        name.removeprefix("params_after3/"): value
+        for name, value in golden.items()
+        if name.startswith("params_after3/")
+    }
+    for kind, tree, expected in (
+        ("params", params, params_after3),
+        # openpi's EMA itself, as test_openpis_checkpoint_holds_the_ema_of_the_training_steps shows.
+        ("EMA", average, flatten(load_params(CHECKPOINT))),
+    ):
+        ours = flatten(tree)
+        assert ours.keys() == expected.keys()
+        errors = {
+            name: np.abs(np.subtract(*pair(ours[name], value))) for name, value in expected.items()
         }
-        mine = flatten(tree)
-        assert mine.keys() == stored.keys()
-        # A key's bias shifts all logits of a query alike, so that its gradient is rounding, which Adam blows up to full steps.
-        # Elsewhere that happens to single values whose gradient is next to nothing.
-        same = {
-            name: np.mean(np.abs(mine[name] - value) < 1e-5)
-            for name, value in stored.items()
-            if "key/bias" not in name
+        # A key's bias shifts all logits of a query alike, so that its gradient is rounding, which
+        # Adam blows up to full steps. Elsewhere that happens to single values whose gradient is
+        # next to nothing.
+        equal = {
+            name: np.mean(error < 1e-5) for name, error in errors.items() if "key/bias" not in name
         }
-        assert min(same.values()) > 0.98, (kind, sorted(same.items(), key=lambda item: item[1])[:5])
-        assert max(difference(mine[name], value) for name, value in stored.items()) < 2 * sum(
-            facts["lr"][:3]
-        ), kind
+        assert min(equal.values()) > 0.98, (kind, min(equal, key=lambda name: equal[name]))
+        assert max(error.max() for error in errors.values()) < 2 * sum(facts["lr"][:3]), kind
 
 
 def test_schedule():
@@ -383,16 +369,14 @@ def test_adamw(data):
 
 def test_time_embedding(data):
     for name in (name for name in data if name.startswith("posemb_") and name != "posemb_t"):
-        width = int(name.removeprefix("posemb_"))
+        dim = int(name.removeprefix("posemb_"))
+        embedding = model.posemb_sincos(jnp.asarray(data["posemb_t"]), dim)
         # The sine's argument reaches 1571 rad, where float32 is good to 2e-4 and no better.
-        assert (
-            difference(model.time_embedding(jnp.asarray(data["posemb_t"]), width), data[name])
-            < 3e-4
-        )
+        assert difference(embedding, data[name]) < 3e-4
 
 
 @pytest.fixture(scope="module")
-def data() -> dict[str, np.ndarray]:
+def data() -> dict:
     return read("data")
 
 
@@ -405,9 +389,8 @@ def test_resize(data):
     sizes = [name.removeprefix("img_") for name in data if name.startswith("img_")]
     assert sizes
     for size in sizes:
-        np.testing.assert_array_equal(
-            resize_with_pad(data[f"img_{size}"][0], 224, 224), data[f"pil_{size}"][0]
-        )
+        resized = resize_with_pad(data[f"img_{size}"][0], 224, 224)
+        assert_equal(resized[None], data[f"pil_{size}"], size)
 
 
 @pytest.mark.parametrize(("kind", "use_quantiles"), [("z", False), ("q", True)])
@@ -460,7 +443,7 @@ def test_state_bins():
 
 
 class Letters:
-    """In the place of a SentencePiece model, the reference's: each character is a token, three above its code modulo 200."""
+    """The reference's stand-in for SentencePiece: each character is the token code % 200 + 3."""
 
     def bos_id(self) -> int:
         return 2
@@ -477,7 +460,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.mark.parametrize(
-    "example", FACTS["prompts"], ids=lambda one: f"{one['prompt']!r:.12}-{one['state'] is not None}"
+    "example", FACTS["prompts"], ids=lambda e: f"{e['prompt']!r:.12}-{e['state'] is not None}"
 )
 def test_prompts(tokenizer, example):
     state = None if example["state"] is None else np.array(example["state"])
@@ -496,14 +479,16 @@ def test_a_long_prompt_is_cut_at_its_tail(tokenizer):
     np.testing.assert_array_equal(mask, FACTS["truncated"]["mask"])
 
 
-def test_openpis_checkpoint_and_safetensors_hold_the_reference_weights():
-    """The checkpoint that openpi wrote holds the averaged weights of the three steps; the safetensors those of `pi05_params`."""
-    config, golden = config_of("pi05"), read("pi05_ema_train3")
-    loaded = flatten(
-        load_params(next((GOLDEN / "checkpoint_pi05_ema").iterdir()) / "params", config)
-    )
+def test_openpis_checkpoint_holds_the_ema_of_the_training_steps():
+    loaded, golden = flatten(load_params(CHECKPOINT, config_of("pi05"))), read("pi05_ema_train3")
+    names = {f"ema_after3/{name}" for name in loaded}
+    assert names == {name for name in golden if name.startswith("ema_after3/")}
     for name, value in loaded.items():
-        np.testing.assert_array_equal(value, golden[f"ema_after3/{name}"], err_msg=name)
-    converted = open_huggingface(GOLDEN / "hf_pi05", config)
+        assert_equal(value, golden[f"ema_after3/{name}"], name)
+
+
+def test_lerobots_safetensors_hold_the_reference_weights(tmp_path):
+    config = config_of("pi05")
+    converted = open_huggingface(lerobot_folder(tmp_path, config), config)
     for name, value in read("pi05_params").items():
         np.testing.assert_array_equal(converted[name].read(), value, err_msg=name)

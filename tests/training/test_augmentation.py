@@ -1,9 +1,10 @@
-"""Random shifts of training images."""
+"""Augmentation of training images. openpi's own pixels are in test_openpi_parity.py."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from demo2eval.training.augmentation import random_shift
+from demo2eval.training.augmentation import augment, random_shift
 
 
 def test_every_image_is_shifted_by_itself_and_keeps_its_type():
@@ -25,3 +26,18 @@ def test_every_image_is_shifted_by_itself_and_keeps_its_type():
             np.testing.assert_array_equal(item[..., 0], image[np.ix_(rows, columns)])
             shifts.add((down, right))
     assert len(shifts) > 15
+
+
+def test_openpis_augmentation_keeps_shape_and_range_and_never_moves_a_wrist():
+    batch = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3)) * 2 - 1
+    images = {"base_0_rgb": batch, "left_wrist_0_rgb": batch}
+    augmented = augment(jax.random.key(1), images)
+    again = augment(jax.random.key(1), images)
+    for camera in images:
+        assert augmented[camera].shape == batch.shape
+        assert float(jnp.abs(augmented[camera]).max()) <= 1 + 1e-5
+        np.testing.assert_array_equal(augmented[camera], again[camera])
+    # Half of the wrist's images are not jittered, and then they are the same.
+    unchanged = jnp.abs(augmented["left_wrist_0_rgb"] - batch).max(axis=(1, 2, 3)) < 1e-5
+    assert 0 < int(unchanged.sum()) < 4
+    assert not bool((jnp.abs(augmented["base_0_rgb"] - batch).max(axis=(1, 2, 3)) < 1e-3).any())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from demo2eval.checkpoints.openpi import load_params
-from demo2eval.checkpoints.policy_metadata import read_description
+from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.config import Actions, Dataset, Model, Replay, Training
 from demo2eval.errors import UserError
 from demo2eval.pi0.params import flatten
@@ -34,7 +34,7 @@ def make_checkpoint(run: Path, output: Path, **model) -> None:
 
 
 def test_the_policy_is_described_as_its_data_was_made(pushcube_run):
-    policy = read_description(pushcube_run / "checkpoints/0")
+    policy = read_policy_metadata(pushcube_run / "checkpoints/0")
     assert (policy.task, policy.robot, policy.control_mode) == (
         "PushCube-v1",
         "panda",
@@ -92,7 +92,7 @@ def test_lora_trains_its_factors_on_base_weights_and_freezes_the_rest(pushcube_r
         weights=str(base),
         tokenizer=str(next(base.glob("assets/**/tokenizer.model"))),
         continuous_state_token=True,
-        overrides={"vocab_size": read_description(base).config.vocab_size},
+        overrides={"vocab_size": read_policy_metadata(base).config.vocab_size},
     )
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed", symlinks=True)
     for folder, steps in (("whole", [6]), ("resumed", [3, 6])):

@@ -4,8 +4,8 @@
         run(build_dataset)
 
 gives `python -m demo2eval.data.dataset` an option for each argument, with the defaults of the
-configuration. A section of it is given key by key, `--dataset.image_storage video`, or at once, as the
-workflow does: `--dataset '{"image_storage": "video"}'`.
+configuration. A section of it is given key by key, `--dataset.image_storage video`, or at once,
+as the workflow does: `--dataset '{"image_storage": "video"}'`.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from demo2eval.errors import UserError
@@ -22,8 +23,8 @@ from demo2eval.errors import UserError
 def run(function: Callable[..., Any]) -> None:
     """Call a function with the command line's arguments.
 
-    A UserError becomes one sentence and exit status 1. SIGTERM unwinds, so that worker processes end
-    and locks are released; its status is 143.
+    A UserError becomes one sentence and exit status 1. SIGTERM unwinds, so that worker processes
+    end and locks are released; its status is 143.
     """
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -39,10 +40,17 @@ def run(function: Callable[..., Any]) -> None:
     doc = sys.modules[function.__module__].__doc__
     parser = ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_function_arguments(function, as_group=False)
-    arguments: Namespace = parser.instantiate_classes(parser.parse_args())
+    arguments = Namespace(parser.instantiate_classes(parser.parse_args()))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
+    with report_errors():
         function(**arguments.as_dict())
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Turn a UserError into one sentence and exit status 1."""
+    try:
+        yield
     except UserError as error:
         sys.exit(f"demo2eval: error: {error}")
     except BrokenPipeError:

@@ -4,8 +4,8 @@ A setting is a field of a section class below. The workflow, the command line of
 generated `config/README.md` and the schema for editors all read it from here. The defaults are
 openpi's where openpi has the setting.
 
-A run's settings are, later ones win: the defaults, its task's, those of the run that it extends, its
-own. They are merged key by key within a section.
+A run's settings are, later ones win: the defaults, its task's, those of the run that it extends,
+its own. They are merged key by key within a section.
 
     python -m demo2eval.config readme > config/README.md
     python -m demo2eval.config schema > config/schema.json
@@ -39,6 +39,7 @@ MAX_SEED = 2**31 - 1
 MAX_CHECKPOINTS = 300
 MAX_PARAMS = 100_000_000_000
 BASE_WEIGHTS = {"pi05": "pi05_base", "pi0": "pi0_base"}
+MILESTONES = ("reach", "grasp", "lift", "move", "place")
 SCHEDULE: dict[str, Any] = {"schedule": True}
 """Marks a setting that decides how much is done or how fast, but not what a finished job holds."""
 
@@ -92,23 +93,30 @@ class Demos(Section):
     """Where demonstrations come from."""
 
     source: str = Field(
-        "plan",
+        default="plan",
         description="plan: ManiSkill's motion planner. published: ManiSkill's own demonstrations. "
         "Else the path of a trajectory file, .h5 with its .json beside it",
     )
     num_demos: Int = Field(
-        200, ge=1, le=1_000_000, description="successful demonstrations", json_schema_extra=SCHEDULE
+        default=200,
+        ge=1,
+        le=1_000_000,
+        description="successful demonstrations",
+        json_schema_extra=SCHEDULE,
     )
     shard_size: Int = Field(
-        25, ge=1, le=10_000, description="planned demonstrations per shard; more only add shards"
+        default=25,
+        ge=1,
+        le=10_000,
+        description="planned demonstrations per shard; more only add shards",
     )
     first_seed: Seed = Field(
-        1_000_000,
+        default=1_000_000,
         description=f"shard k plans with seeds from first_seed + {SHARD_SEEDS} k; evaluation seeds "
         "must lie below",
     )
     on_invalid: OnInvalid = Field(
-        "error",
+        default="error",
         description="error: stop if a demonstration is invalid. skip: leave it out and name it in "
         "the manifest",
     )
@@ -118,21 +126,25 @@ class Replay(Section):
     """How demonstrations are replayed with images."""
 
     control_mode: ControlMode = Field(
-        "pd_joint_pos", description="what the actions mean; the planner records pd_joint_pos"
+        default="pd_joint_pos",
+        description="what the actions mean; the planner records pd_joint_pos",
     )
     cameras: Annotated[dict[ModelCamera, str], Field(min_length=1)] = Field(
-        {"base_0_rgb": "base_camera"}, description="camera of the model: camera of ManiSkill"
+        default={"base_0_rgb": "base_camera"},
+        description="camera of the model: camera of ManiSkill",
     )
-    image_size: Int = Field(128, ge=16, le=1024, description="side of the rendered images, pixels")
+    image_size: Int = Field(
+        default=128, ge=16, le=1024, description="side of the rendered images, pixels"
+    )
     image_stride: Int = Field(
-        1, ge=1, le=1000, description="render every k-th control step; every action is kept"
+        default=1, ge=1, le=1000, description="render every k-th control step; every action is kept"
     )
     joint_perturbation: Float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         le=1,
-        description="standard deviation, radians, by which the arm's joints are displaced before an "
-        "image is rendered (DART); needs pd_joint_pos, whose targets lead back",
+        description="standard deviation, radians, by which the arm's joints are displaced before "
+        "an image is rendered (DART); needs pd_joint_pos, whose targets lead back",
     )
 
 
@@ -140,38 +152,42 @@ class Dataset(Section):
     """What the LeRobot dataset holds."""
 
     state: Annotated[list[str], Field(min_length=1)] = Field(
-        ["qpos"], description="parts of observation.state, in this order"
+        default=["qpos"], description="parts of observation.state, in this order"
     )
     image_storage: Literal["png", "video"] = Field(
-        "png", description="png: exact. video: h264 4:4:4, much smaller"
+        default="png", description="png: exact. video: h264 4:4:4, much smaller"
     )
     video_crf: Int = Field(
-        0, ge=0, le=51, description="h264 quality, 0 (best, 52 dB) to 51; 10 is 44 dB"
+        default=0, ge=0, le=51, description="h264 quality, 0 (best, 52 dB) to 51; 10 is 44 dB"
     )
 
 
 class Actions(Section):
     """What the model predicts, and how states and actions are normalized."""
 
-    action_horizon: Int = Field(10, ge=1, le=1000, description="actions per chunk")
+    action_horizon: Int = Field(default=10, ge=1, le=1000, description="actions per chunk")
     delta: bool = Field(
-        True,
+        default=True,
         description="arm joints as difference from the state (openpi's DeltaActions); needs "
         "pd_joint_pos and qpos as the first part of the state",
     )
     per_timestep_action_stats: bool = Field(
-        False,
-        description="normalize each timestep of the chunk by its own statistics; openpi: one for all",
+        default=False,
+        description="normalize each timestep of the chunk by its own statistics; openpi: by those "
+        "of all",
     )
     min_scale: Float = Field(
-        0.0, ge=0, le=100, description="smallest std and smallest half of q99 - q01, in data units"
+        default=0.0,
+        ge=0,
+        le=100,
+        description="smallest std and smallest half of q99 - q01, in data units",
     )
     state_noise: Float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         le=1,
-        description="standard deviation, radians, of training noise on the arm's joints, the same in "
-        "the state and in the delta actions; the norm stats account for it",
+        description="standard deviation, radians, of training noise on the arm's joints, the same "
+        "in the state and in the delta actions; the norm stats account for it",
     )
 
 
@@ -188,23 +204,29 @@ class Model(Section):
         "pi05_tiny",
         "pi0_tiny",
         "pi05_tiny_lora",
-    ] = Field("pi05", description="full size; with low-rank adapters; 27 M or 0.9 M parameters")
+    ] = Field(
+        default="pi05", description="full size; with low-rank adapters; 27 M or 0.9 M parameters"
+    )
     weights: str | None = Field(
-        "weights/pi05_base",
-        description="openpi checkpoint or Hugging Face safetensors to start from; null: from scratch",
+        default="weights/pi05_base",
+        description="openpi checkpoint or Hugging Face safetensors to start from; null: from "
+        "scratch",
     )
     tokenizer: str | None = Field(
-        "weights/paligemma_tokenizer.model",
+        default="weights/paligemma_tokenizer.model",
         description="SentencePiece model of the weights; null: trained from the prompt",
     )
     overrides: dict[str, Any] = Field(
-        {},
+        default={},
         description="fields of demo2eval.pi0.config.Pi0Config that differ from the variant's, with "
         "dots for nested ones: {siglip.width: 96}",
     )
-    discrete_state_input: bool = Field(False, description="Pi0.5: write the state into the prompt")
+    discrete_state_input: bool = Field(
+        default=False, description="Pi0.5: write the state into the prompt"
+    )
     continuous_state_token: bool = Field(
-        False, description="Pi0.5 from scratch: the state as one more prefix token; not in openpi"
+        default=False,
+        description="Pi0.5 from scratch: the state as one more prefix token; not in openpi",
     )
 
 
@@ -212,41 +234,65 @@ class Training(Section):
     """The optimization."""
 
     num_train_steps: Int = Field(
-        30_000,
+        default=30_000,
         ge=1,
         le=100_000_000,
         description="steps; may be raised later, only the new ones are trained",
         json_schema_extra=SCHEDULE,
     )
     save_interval: Int = Field(
-        1000, ge=1, le=100_000_000, description="steps per checkpoint", json_schema_extra=SCHEDULE
+        default=1000,
+        ge=1,
+        le=100_000_000,
+        description="steps per checkpoint",
+        json_schema_extra=SCHEDULE,
     )
-    batch_size: Int = Field(32, ge=1, le=65_536, description="samples per step")
+    batch_size: Int = Field(default=32, ge=1, le=65_536, description="samples per step")
     warmup_steps: Int = Field(
-        1000, ge=0, le=100_000_000, description="steps from peak_lr / (warmup_steps + 1) to peak_lr"
+        default=1000,
+        ge=0,
+        le=100_000_000,
+        description="steps from peak_lr / (warmup_steps + 1) to peak_lr",
     )
-    peak_lr: Float = Field(2.5e-5, gt=0, le=1, description="learning rate after the warm-up")
+    peak_lr: Float = Field(
+        default=2.5e-5, gt=0, le=1, description="learning rate after the warm-up"
+    )
     decay_steps: Int = Field(
-        30_000, ge=1, le=1_000_000_000, description="end of the cosine, the warm-up included"
+        default=30_000,
+        ge=1,
+        le=1_000_000_000,
+        description="end of the cosine, the warm-up included",
     )
-    decay_lr: Float = Field(2.5e-6, ge=0, le=1, description="learning rate at the cosine's end")
-    clip_gradient_norm: Float = Field(1.0, gt=0, description="largest global norm of the gradient")
-    weight_decay: Float = Field(1e-10, ge=0, le=1, description="AdamW's, on all parameters")
+    decay_lr: Float = Field(
+        default=2.5e-6, ge=0, le=1, description="learning rate at the cosine's end"
+    )
+    clip_gradient_norm: Float = Field(
+        default=1.0, gt=0, description="largest global norm of the gradient"
+    )
+    weight_decay: Float = Field(default=1e-10, ge=0, le=1, description="AdamW's, on all parameters")
     ema_decay: Annotated[Float, Field(gt=0, lt=1)] | None = Field(
-        0.99, description="moving average of the weights, which is evaluated; null: none"
+        default=0.99, description="moving average of the weights, which is evaluated; null: none"
     )
-    augment: bool = Field(True, description="openpi's random crop, rotation and color jitter")
+    augment: bool = Field(
+        default=True, description="openpi's random crop, rotation and color jitter"
+    )
     random_shift: Int = Field(
-        0, ge=0, le=512, description="largest random shift of each image, pixels; not in openpi"
+        default=0,
+        ge=0,
+        le=512,
+        description="largest random shift of each image, pixels; not in openpi",
     )
     num_noise_samples: Int = Field(
-        1,
+        default=1,
         ge=1,
         le=64,
         description="draws of noise and time per sample, whose prefix is computed once; openpi: 1",
     )
     num_val_demos: Int = Field(
-        0, ge=0, le=1_000_000, description="the last so many demonstrations are not trained on"
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="the last so many demonstrations are not trained on",
     )
 
 
@@ -254,25 +300,27 @@ class Evaluation(Section):
     """The rollouts."""
 
     num_episodes: Int = Field(
-        100, ge=1, le=100_000, description="episodes per checkpoint, each on its own seed"
+        default=100, ge=1, le=100_000, description="episodes per checkpoint, each on its own seed"
     )
-    first_seed: Seed = Field(0, description="seeds first_seed .. first_seed + num_episodes - 1")
+    first_seed: Seed = Field(
+        default=0, description="seeds first_seed .. first_seed + num_episodes - 1"
+    )
     max_episode_steps: Int = Field(
-        200,
+        default=200,
         ge=1,
         le=100_000,
         description="control steps per episode; more than demonstrations take",
     )
     replan_steps: Int = Field(
-        5, ge=1, le=1000, description="actions executed between two policy calls"
+        default=5, ge=1, le=1000, description="actions executed between two policy calls"
     )
-    num_steps: Int = Field(10, ge=1, le=1000, description="Euler steps of flow matching")
-    policy_seed: Seed = Field(0, description="seed of the policy's noise")
+    num_steps: Int = Field(default=10, ge=1, le=1000, description="Euler steps of flow matching")
+    policy_seed: Seed = Field(default=0, description="seed of the policy's noise")
     num_workers: Int = Field(
-        8, ge=1, le=1024, description="simulator processes", json_schema_extra=SCHEDULE
+        default=8, ge=1, le=1024, description="simulator processes", json_schema_extra=SCHEDULE
     )
     num_videos: Int = Field(
-        6, ge=1, le=100, description="episodes in a video", json_schema_extra=SCHEDULE
+        default=6, ge=1, le=100, description="episodes in a video", json_schema_extra=SCHEDULE
     )
 
 
@@ -283,14 +331,29 @@ class Milestones(Section):
         description="reach, grasp, lift, move, place, or a name of your own for the last, success"
     )
     reach_distance: Float = Field(
-        0.025, gt=0, description="meters from gripper to object that count as reached"
+        default=0.025, gt=0, description="meters from gripper to object that count as reached"
     )
     placed: str | None = Field(
-        None, description="key of ManiSkill's info for the milestone place, if it is not the last"
+        default=None,
+        description="key of ManiSkill's info for the milestone place, if it is not the last",
     )
     half_length: str | None = Field(
-        None, description="env attribute [1, 3]: half of a long object's length, along its x axis"
+        default=None,
+        description="env attribute [1, 3]: half of a long object's length, along its x axis",
     )
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Milestones":
+        for name in self.names[:-1]:
+            if name not in MILESTONES:
+                known = ", ".join(MILESTONES)
+                raise ValueError(
+                    f"has {name!r} before its end; there only {known} are known."
+                    f"{suggest(name, MILESTONES)}"
+                )
+        if "place" in self.names[:-1] and self.placed is None:
+            raise ValueError("needs `placed`, the key of ManiSkill's info for `place`")
+        return self
 
 
 class Sections(Section):
@@ -310,16 +373,16 @@ class Task(Sections):
 
     prompt: Annotated[str, Field(min_length=1)] = Field(description="the instruction")
     robot: Robot = Field(
-        "panda", description="ManiSkill's robot for the task, from planning to evaluation"
+        default="panda", description="ManiSkill's robot for the task, from planning to evaluation"
     )
     longest_demo: Int = Field(
         ge=1, description="control steps of the longest planned demonstration"
     )
     observations: list[str] = Field(
-        ["qpos", "tcp_pose"], description="parts that ManiSkill offers for the state"
+        default=["qpos", "tcp_pose"], description="parts that ManiSkill offers for the state"
     )
     hidden_goal: str | None = Field(
-        None, description="part of the state with the goal, if no camera shows it"
+        default=None, description="part of the state with the goal, if no camera shows it"
     )
     object: str = Field(description="env attribute: the object that is manipulated")
     milestones: Milestones = Field(description="sub-goals, in order")
@@ -328,10 +391,14 @@ class Task(Sections):
 class RunEntry(Sections):
     """A run as it is written: only what differs."""
 
-    extends: str | None = Field(None, description="run whose keys hold where this one says nothing")
-    task: str | None = Field(None, description="key of `tasks`, ManiSkill's environment id")
-    prompt: str | None = Field(None, description="instruction instead of the task's")
-    seed: Seed | None = Field(None, description="seed of initial weights, batches and noise; 0")
+    extends: str | None = Field(
+        default=None, description="run whose keys hold where this one says nothing"
+    )
+    task: str | None = Field(default=None, description="key of `tasks`, ManiSkill's environment id")
+    prompt: str | None = Field(default=None, description="instruction instead of the task's")
+    seed: Seed | None = Field(
+        default=None, description="seed of initial weights, batches and noise; 0"
+    )
 
 
 class Config(Section):
@@ -398,8 +465,9 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _keys_at(model: type[BaseModel], path: tuple) -> list[str]:
-    """Return the keys that the section at `path`, below a model, may have."""
+def _keys_at(path: tuple[str, ...]) -> list[str]:
+    """Return the keys that the part of the configuration at `path` may have."""
+    model: type[BaseModel] = Config
     for key in path:
         if key not in model.model_fields:
             continue
@@ -420,8 +488,10 @@ def _sentence(error: Mapping[str, Any]) -> str:
     )
     name, value = ".".join(path), error.get("input")
     if error["type"] == "extra_forbidden":
-        parent, known = ".".join(path[:-1]), _keys_at(Config, path[:-1])
-        hint = suggest(path[-1], known) or f" Known keys: {', '.join(known)}."
+        parent, known = ".".join(path[:-1]), _keys_at(path[:-1])
+        sections = [item for item in Sections.model_fields if path[-1] in _keys_at(("runs", item))]
+        hint = f" It is a key of {sections[0]}." if sections else suggest(path[-1], known)
+        hint = hint or f" Known keys: {', '.join(known)}."
         return f"{parent or 'the configuration'} has an unknown key {path[-1]!r}.{hint}"
     if error["type"] == "missing":
         return f"{name} is missing; the configuration needs it."
@@ -430,6 +500,8 @@ def _sentence(error: Mapping[str, Any]) -> str:
         known = expected.replace(" or ", ", ").split(", ")
         return f"{name} is {value!r}; it may be {expected}.{suggest(str(value), known)}"
     reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if isinstance(value, Mapping):
+        return f"{name} {reason.rstrip('.')}."
     return f"{name} is {value!r}; it {reason}."
 
 
@@ -557,8 +629,8 @@ def _model_contradictions(run: Run) -> Iterator[str]:
     sees_state = run.family == "pi0" or model.discrete_state_input or model.continuous_state_token
     if run.hidden_goal and run.hidden_goal not in run.dataset.state:
         yield (
-            f"no camera shows the goal of {run.task}; dataset.state must have {run.hidden_goal!r}, or "
-            "no policy can know where to go."
+            f"no camera shows the goal of {run.task}; dataset.state must have {run.hidden_goal!r}, "
+            "or no policy can know where to go."
         )
     elif run.hidden_goal and not sees_state:
         yield (
@@ -580,7 +652,8 @@ def _model_contradictions(run: Run) -> Iterator[str]:
     except ValidationError as error:
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"])
-            yield f"model.overrides {key} is {item['input']!r}; it {item['msg'].removeprefix('Input ')}."
+            reason = item["msg"].removeprefix("Input ")
+            yield f"model.overrides {key} is {item['input']!r}; it {reason}."
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         yield f"model.overrides make no model ({error})."
     else:
@@ -596,7 +669,7 @@ def _approximate_size(config: Pi0Config) -> int:
         size += gemma.depth * gemma.width * (attention + 3 * gemma.mlp_dim)
     siglip = config.siglip
     size += siglip.depth * siglip.width * (4 * siglip.width + 2 * siglip.mlp_dim)
-    return size + siglip.tokens * siglip.width
+    return size + siglip.num_patches * siglip.width
 
 
 def _training_contradictions(run: Run) -> Iterator[str]:
@@ -650,7 +723,7 @@ def _evaluation_contradictions(run: Run) -> Iterator[str]:
                 "move one of them."
             )
         if demos.first_seed + len(run.shards) * SHARD_SEEDS > MAX_SEED:
-            yield f"the shards' seeds go beyond {MAX_SEED}; lower demos.first_seed or use fewer shards."
+            yield f"the shards' seeds go beyond {MAX_SEED}; lower demos.first_seed."
 
 
 def missing_weights(run: Run) -> str | None:
@@ -659,16 +732,16 @@ def missing_weights(run: Run) -> str | None:
         return None
     base = BASE_WEIGHTS[run.family]
     needed = {
-        "weights": f"the openpi checkpoint gs://openpi-assets/checkpoints/{base}, or lerobot/{base} "
-        "from Hugging Face,",
+        "weights": f"the openpi checkpoint gs://openpi-assets/checkpoints/{base}, or "
+        f"lerobot/{base} from Hugging Face,",
         "tokenizer": "PaliGemma's SentencePiece model, paligemma_tokenizer.model,",
     }
     for key, what in needed.items():
         path = getattr(run.model, key)
         if path is not None and not Path(path).exists():
             return (
-                f"run {run.name!r} starts from {path!r}, which does not exist: put {what} there (or "
-                f"set runs.{run.name}.model.{key} to where it is), or train from scratch with "
+                f"run {run.name!r} starts from {path!r}, which does not exist: put {what} there "
+                f"(or set runs.{run.name}.model.{key} to where it is), or train from scratch with "
                 f"runs.{run.name}.model: {{weights: null, tokenizer: null}}."
             )
     return None
@@ -692,9 +765,9 @@ def used_seeds(run: Run) -> str | None:
         return None
     free = max(seeds) + 1
     return (
-        f"run {run.name!r}: {len(shared)} of its evaluation seeds, {shared[0]} among them, are those of "
-        f"demonstrations in {run.demos.source}; the policy would be tested on what it was shown. Set "
-        f"runs.{run.name}.evaluation.first_seed to {free}."
+        f"run {run.name!r}: {len(shared)} of its evaluation seeds, {shared[0]} among them, are "
+        f"those of demonstrations in {run.demos.source}; the policy would be tested on what it was "
+        f"shown. Set runs.{run.name}.evaluation.first_seed to {free}."
     )
 
 
@@ -703,8 +776,8 @@ def _readme() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from `workflow/demo2eval/config.py` by `make docs`. Every key, its default and what",
-        "it means. How the files fit together: [docs/configuration.md](../docs/configuration.md).",
+        "Generated from `workflow/demo2eval/config.py` by `make docs`. Every key, its default and",
+        "what it means. How the files fit together: [Configuration](../docs/configuration.md).",
     ]
     classes: list[tuple[str, type[Section]]] = [
         ("runs.<run>", RunEntry),

@@ -1,8 +1,9 @@
 """What a module's code does, as one hash: the reason for which a rule's work becomes stale.
 
-A module's import closure is its own file and every first-party module that it imports, directly or not. Each file is parsed,
-and comments, layout, docstrings, help texts and the words of user errors are left out before hashing, so a reformatted file or a
-better sentence keeps finished work. Modules that only do the bookkeeping (`BOOKKEEPING`) never count.
+A module's import closure is its own file and every module of this package that it imports, directly
+or not. Comments, layout, docstrings, help texts and the words of user errors are left out before
+hashing: a reformatted file or a better sentence keeps finished work. The modules in `BOOKKEEPING`
+never count; what `config` decides is in a rule's parameters.
 
     python -m demo2eval.fingerprint demo2eval.training.train
 """
@@ -21,7 +22,7 @@ BOOKKEEPING = {
 
 
 def module_file(module: str) -> Path | None:
-    """Return the source file of a first-party module, or None if there is no such module."""
+    """Return the source file of a module of this package, or None if there is no such module."""
     base = ROOT.joinpath(*module.split("."))
     for candidate in (base.with_suffix(".py"), base / "__init__.py"):
         if candidate.is_file():
@@ -30,7 +31,7 @@ def module_file(module: str) -> Path | None:
 
 
 def imported_modules(tree: ast.AST, module: str, is_package: bool) -> set[str]:
-    """Return the first-party modules that a syntax tree imports anywhere, in functions too."""
+    """Return the modules of this package that a syntax tree imports, in functions too."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -56,7 +57,7 @@ def _parse(path: Path) -> ast.Module:
 
 
 def import_closure(module: str) -> dict[str, Path]:
-    """Return {module name: file} of a module and all first-party code it imports, packages' `__init__` included.
+    """Return {module: file} of a module and all that it imports of this package, `__init__` too.
 
     Raises:
         ModuleNotFoundError: if `module` is not part of the package.

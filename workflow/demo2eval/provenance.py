@@ -1,4 +1,4 @@
-"""Manifests: a small JSON file beside the outputs of each job, written last, that says what made them.
+"""Manifests: a small JSON file beside the outputs of each job, written last: what made them.
 
     settings = {"dataset": dataset}
     with run_stage(output, stage="dataset", module=__spec__.name, settings=settings,
@@ -9,9 +9,9 @@
         job.finish([job.folder / "lerobot"], episodes=50)
 
 `run_stage` holds a lock. A duplicate of a job that still runs waits, and then reuses what that job
-made. So does a job whose manifest was lost: Snakemake deletes the outputs of a job before it starts it
-again. The manifest of other work is gone before the body begins, so what a kill leaves never lies
-beside a manifest that describes something else.
+made. So does a job whose manifest was lost: Snakemake deletes the outputs of a job before it starts
+it again. The manifest of other work is gone before the body begins, so what a kill leaves never
+lies beside a manifest that describes something else.
 """
 
 import errno
@@ -93,7 +93,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist; run the rule that makes it, or let Snakemake run the whole chain."
+            f"{path} does not exist; run the rule that makes it, or let Snakemake run the chain."
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(
@@ -317,6 +317,6 @@ def run_stage(
             if error.errno not in DISK_FULL:
                 raise
             raise UserError(
-                f"{job.folder} cannot be written, the disk is full ({error}); make room and run the "
-                "same command again, which keeps what is finished."
+                f"{job.folder} cannot be written, the disk is full ({error}); make room and run "
+                "the same command again, which keeps what is finished."
             ) from error

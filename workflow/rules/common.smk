@@ -1,292 +1,207 @@
 # Helper functions of the rules; no rule.
 #
-# A run's settings decide what its demonstrations, replays, dataset and training cache are called: the name holds a hash of all
-# settings that matter to that stage, so runs with equal settings share the work, and a change of settings makes new work beside
-# the old.
+# Demonstrations, replays, datasets and image caches are shared: their names end in a hash of all
+# settings that made them. Runs with equal settings share the work, and changed settings make new work
+# beside the old.
 
-import fcntl
 import hashlib
 import json
-import shlex
-import shutil
+import os
 import sys
-from functools import cache
 from pathlib import Path
 
-BASE = Path(workflow.basedir)
-sys.path.insert(0, str(BASE / "workflow"))
+WORKFLOW = Path(str(workflow.current_basedir)).parent
+sys.path.insert(0, str(WORKFLOW))
 
-from demo2eval import config
-from demo2eval.config import SHARD_SEEDS, delta_action_mask, shard_count, steps_of
+from demo2eval import config as settings
 from demo2eval.errors import UserError
 from demo2eval.fingerprint import code_fingerprint
 
-# Jobs run with the Python that runs Snakemake, and find its packages also where PYTHONPATH leads to them.
-MODULES = f'PYTHONPATH={shlex.quote(str(BASE / "workflow"))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
-PYTHON = f"{MODULES} {shlex.quote(sys.executable)}"
-# What was compiled once is not compiled again for the next segment or checkpoint.
-JAX_PYTHON = f"JAX_COMPILATION_CACHE_DIR=results/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=1 {PYTHON}"
-PLANNING_PYTHON = BASE / "envs/planning/.venv/bin/python"
-PLAN = f"PYTHONPATH={shlex.quote(str(BASE / 'workflow'))} {shlex.quote(str(PLANNING_PYTHON))}"
+PLANNING_PYTHON = WORKFLOW.parent / "envs/planning/.venv/bin/python"
+python_path = [str(WORKFLOW), *filter(None, [os.environ.get("PYTHONPATH")])]
+# Jobs inherit these. They stand in no command, so another machine's Python makes nothing stale. What
+# one job compiled, the next one need not.
+os.environ |= {
+    "PYTHON": sys.executable,
+    "PLANNING_PYTHON": str(PLANNING_PYTHON),
+    "PYTHONPATH": os.pathsep.join(python_path),
+    "JAX_COMPILATION_CACHE_DIR": "results/.jax_cache",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+}
+
+try:
+    RUNS = settings.load(config)
+except UserError as error:
+    raise WorkflowError(f"the configuration is wrong:\n{error}")
 
 
-def told(function):
-    """Let a user's mistake reach the terminal as Snakemake's own kind of error, a sentence and no traceback."""
-
-    def wrapped(*arguments):
-        try:
-            return function(*arguments)
-        except UserError as error:
-            raise WorkflowError(str(error)) from None
-
-    return wrapped
-
-
-def be_alone_or_beside_the_living():
-    """Remove the lock that a killed Snakemake left in this folder, unless another one is alive here; return what to hold on to.
-
-    Snakemake's own lock is made of files, which outlive it: after a kill the same command would be refused. So every Snakemake also holds
-    a lock of the kernel's, which ends with its process. Where the file system has none, Snakemake says what to do.
-    """
-    try:
-        Path(".snakemake").mkdir(exist_ok=True)
-        alive = open(".snakemake/alive.lock", "a")
-        try:
-            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(".snakemake/locks", ignore_errors=True)
-        except BlockingIOError:
-            pass
-        fcntl.flock(alive, fcntl.LOCK_SH)
-        return alive
-    except OSError:
-        return None
-
-
-ALIVE = be_alone_or_beside_the_living() if workflow.is_main_process else None
-
-told(config.check)(config)
-
-
-@cache
-@told
-def settings(run):
-    return config.run_settings(config, run)
+def get_run(name):
+    """The settings of a run, a `demo2eval.config.Run`."""
+    if name not in RUNS:
+        raise WorkflowError(
+            f"there is no run {name!r} in the configuration.{settings.suggest(name, RUNS)} There are "
+            f"{', '.join(RUNS)}. Runs of another file need --configfile."
+        )
+    return RUNS[name]
 
 
 def code(module):
-    """What the module of a rule does, for `params`: an edit that changes nothing makes nothing stale."""
+    """A hash of what a module and its imports do, for `params`: an edit of words makes nothing stale."""
     return code_fingerprint(f"demo2eval.{module}")
 
 
-def options(values):
-    """Command-line options from a dictionary; lists and dictionaries are written as JSON."""
+def section(name, of=lambda wildcards: get_run(wildcards.run)):
+    """For `params`: a section of the configuration, as JSON for the module's command line.
 
-    def text(value):
-        return value if isinstance(value, str) else json.dumps(value)
-
-    return " ".join(f"--{key.replace('_', '-')} {shlex.quote(text(value))}" for key, value in values.items())
-
-
-def name(run, stage, values):
-    """<task>-<stage of origin>-<hash>: the name of work that runs with equal settings share."""
-    task = settings(run)["task"].removesuffix("-v1").lower()
-    return f"{task}-{stage}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]}"
+    Args:
+        name: of the section.
+        of: from wildcards to the run.
+    """
+    return lambda wildcards: json.dumps(getattr(of(wildcards), name).result_settings())
 
 
-# What each stage is given, as options of its module. The names of shared work follow from these.
+def field(name, of=lambda wildcards: get_run(wildcards.run)):
+    """For `params`: a setting of the run itself, such as its task."""
+    return lambda wildcards: getattr(of(wildcards), name)
 
 
-def on_invalid(run):
-    """What is to be done about bad demonstrations, as a setting of the stages that read them; nothing where they are refused."""
-    wanted = settings(run)["demos"]["on_invalid"]
-    return {} if wanted == "error" else {"on_invalid": wanted}
+def as_json(wildcards, input):
+    """For `params`: all input files as a JSON list."""
+    return json.dumps(list(input))
 
 
-def demos_settings(run):
-    demos = settings(run)["demos"]
-    planned = demos["source"] == "plan"
-    kept = ("shard_size", "first_seed") if planned else ("count",)
-    common = {"task": settings(run)["task"], "source": demos["source"]} | {key: demos[key] for key in kept}
-    return common | ({} if planned else on_invalid(run))
+# Names of shared work: <task>-<stage>-<hash of all settings that made it>.
+
+
+def shared_name(run, stage, *values):
+    task = run.task.removesuffix("-v1").lower()
+    text = json.dumps(values, sort_keys=True)
+    return f"{task}-{stage}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def demos_name(run):
-    source = settings(run)["demos"]["source"]
-    stage = {"plan": "planned", "published": "published"}.get(source, "file")
-    return name(run, stage, demos_settings(run))
-
-
-def replay_settings(run):
-    replay = settings(run)["replay"]
-    return {
-        "task": settings(run)["task"],
-        "control_mode": replay["control_mode"],
-        "cameras": sorted(replay["cameras"].values()),
-        "image_size": replay["image_size"],
-        "image_stride": replay["image_stride"],
-        "joint_perturbation": replay["joint_perturbation"],
-    } | on_invalid(run)
-
-
-def replay_name(run):
-    return name(run, "replayed", [demos_name(run), replay_settings(run)])
-
-
-def dataset_settings(run):
-    dataset = settings(run)["dataset"]
-    video = {"video_crf": dataset["video_crf"]} if dataset["image_storage"] == "video" else {}
-    return (
-        {
-            "prompt": settings(run)["prompt"],
-            "cameras": sorted(settings(run)["replay"]["cameras"].values()),
-            "state": dataset["state"],
-            "image_storage": dataset["image_storage"],
-            "count": settings(run)["demos"]["count"],
-        }
-        | video
-        | on_invalid(run)
+    demos = run.demos
+    if demos.source == "plan":
+        return shared_name(run, "planned", run.task, run.robot, demos.shard_size, demos.first_seed)
+    stage = "published" if demos.source == "published" else "file"
+    return shared_name(
+        run, stage, run.task, run.robot, demos.source, demos.num_demos, demos.on_invalid
     )
 
 
+def replay_name(run):
+    return shared_name(run, "replayed", demos_name(run), run.object, run.replay.result_settings())
+
+
 def dataset_name(run):
-    return name(run, "dataset", [replay_name(run), dataset_settings(run)])
+    demos = run.demos
+    values = [run.prompt, demos.num_demos, demos.on_invalid, run.dataset.result_settings()]
+    return shared_name(run, "dataset", replay_name(run), *values)
 
 
-def cache_settings(run):
-    return {"image_size": model_image_size(run)}
+def image_cache_name(run):
+    return shared_name(run, "images", dataset_name(run), run.pi0_config().siglip.image_size)
 
 
-def cache_name(run):
-    return name(run, "cache", [dataset_name(run), cache_settings(run)])
+def sharing(naming, wildcard):
+    """For `of`: from the name of shared work back to a run that uses it; any of them will do."""
+    runs = {naming(run): run for run in RUNS.values()}
+
+    def find(wildcards):
+        name = getattr(wildcards, wildcard)
+        if name not in runs:
+            raise WorkflowError(
+                f"no run of the configuration needs {name!r} any more; ask for "
+                "results/<run>/success.csv."
+            )
+        return runs[name]
+
+    return find
 
 
-def norm_stats_settings(run):
-    actions = settings(run)["actions"]
-    return {
-        "action_horizon": settings(run)["model"]["action_horizon"],
-        "delta_action_mask": delta_action_mask(settings(run)),
-        "per_timestep_action_stats": actions["per_timestep_action_stats"],
-        "min_scale": actions["min_scale"],
-        "state_noise": settings(run)["training"]["state_noise"],
-    }
+run_of_demos = sharing(demos_name, "demos")
+run_of_replay = sharing(replay_name, "replay")
+run_of_dataset = sharing(dataset_name, "dataset")
+run_of_image_cache = sharing(image_cache_name, "cache")
 
 
-def model_overrides(run):
-    model = settings(run)["model"]
-    keys = ("action_horizon", "discrete_state_input", "continuous_state_token")
-    return {key: model[key] for key in keys} | model["overrides"]
+# Paths of inputs.
 
 
-@cache
-@told
-def model_image_size(run):
-    from demo2eval.pi0.config import make_config
-
-    return make_config(settings(run)["model"]["variant"], **model_overrides(run)).siglip.image_size
+def trajectory_file(wildcards):
+    return run_of_demos(wildcards).demos.source
 
 
-def init_settings(run):
-    model, replay, training = (settings(run)[section] for section in ("model", "replay", "training"))
-    return {
-        "task": settings(run)["task"],
-        "prompt": settings(run)["prompt"],
-        "variant": model["variant"],
-        "model_overrides": model_overrides(run),
-        "weights": model["weights"],
-        "tokenizer": model["tokenizer"],
-        "seed": training["seed"],
-        "cameras": replay["cameras"],
-        "image_size": replay["image_size"],
-        "state": settings(run)["dataset"]["state"],
-        "control_mode": replay["control_mode"],
-        "delta_action_mask": delta_action_mask(settings(run)),
-    }
+def demos_shard(wildcards):
+    return f"results/demos/{demos_name(run_of_replay(wildcards))}/shard-{wildcards.shard}/manifest.json"
 
 
-def training_settings(run):
-    training = settings(run)["training"]
-    return {key: value for key, value in training.items() if key not in ("steps", "save_interval")}
+def replay_shards(wildcards):
+    run = run_of_dataset(wildcards)
+    return [
+        f"results/replays/{replay_name(run)}/shard-{shard:03d}/manifest.json"
+        for shard in run.shards
+    ]
 
 
-def rollout_settings(run):
-    evaluation = settings(run)["evaluation"]
-    keys = ("episodes", "first_seed", "max_episode_steps", "replan_steps", "num_steps", "policy_seed")
-    return {"task": settings(run)["task"]} | {key: evaluation[key] for key in keys}
+def dataset_of_cache(wildcards):
+    return f"results/datasets/{dataset_name(run_of_image_cache(wildcards))}/manifest.json"
 
 
-def video_settings(run):
-    evaluation = settings(run)["evaluation"]
-    return rollout_settings(run) | {"episodes": min(evaluation["episodes"], evaluation["num_videos"])}
+def dataset_of_run(wildcards):
+    run = get_run(wildcards.run)
+    if sentence := settings.used_seeds(run):
+        raise WorkflowError(sentence)
+    return f"results/datasets/{dataset_name(run)}/manifest.json"
 
 
-def action_error_settings(run):
-    evaluation = settings(run)["evaluation"]
-    kept = {key: evaluation[key] for key in ("replan_steps", "num_steps", "policy_seed")}
-    return {"num_val_demos": settings(run)["training"]["num_val_demos"]} | kept
-
-
-# From the wildcards of shared work back to a run that uses it. Equal names mean equal settings, so any such run will do.
-
-
-@cache
-def runs_by(naming):
-    return {naming(run): run for run in reversed(config["runs"])}
-
-
-def run_of(naming, wanted):
-    if wanted not in runs_by(naming):
-        raise WorkflowError(f"no run of the configuration needs {wanted!r} any more; ask for results/<run>/success.csv.")
-    return runs_by(naming)[wanted]
-
-
-def plan_options(wildcards):
-    run, shard = run_of(demos_name, wildcards.demos), int(wildcards.shard)
-    demos = settings(run)["demos"]
-    count = max(settings(other)["demos"]["count"] for other in config["runs"] if demos_name(other) == wildcards.demos)
-    planned = min(demos["shard_size"], count - shard * demos["shard_size"])
-    return options({"task": settings(run)["task"], "count": planned, "first_seed": demos["first_seed"] + shard * SHARD_SEEDS})
-
-
-def demos_source(wildcards):
-    return settings(run_of(demos_name, wildcards.demos))["demos"]["source"]
-
-
-def taken_options(wildcards):
-    run = run_of(demos_name, wildcards.demos)
-    return options({"task": settings(run)["task"], "count": settings(run)["demos"]["count"]} | on_invalid(run))
-
-
-def shards(stage, naming):
-    """Input function: the manifests of all shards that a run's dataset is made from."""
-
-    def manifests(wildcards):
-        run = run_of(dataset_name, wildcards.dataset)
-        return [f"results/{stage}/{naming(run)}/shard-{shard:03d}/manifest.json" for shard in range(shard_count(settings(run)))]
-
-    return manifests
-
-
-def checkpoint(run, step):
-    return f"results/{run}/checkpoints/{step}.json"
+def image_cache_of_run(wildcards):
+    return f"results/image_caches/{image_cache_name(get_run(wildcards.run))}/manifest.json"
 
 
 def previous_checkpoint(wildcards):
-    every = settings(wildcards.run)["training"]["save_interval"]
-    if int(wildcards.step) % every:
-        raise WorkflowError(f"run {wildcards.run!r} has a checkpoint every {every} steps; {wildcards.step} is none of them.")
-    return checkpoint(wildcards.run, int(wildcards.step) - every)
+    interval = get_run(wildcards.run).training.save_interval
+    if int(wildcards.step) % interval:
+        raise WorkflowError(
+            f"run {wildcards.run!r} has a checkpoint every {interval} steps; {wildcards.step} is none."
+        )
+    return f"results/{wildcards.run}/checkpoints/{int(wildcards.step) - interval}.json"
 
 
-def check_before_work():
+def all_rollouts(wildcards):
+    return [
+        f"results/{wildcards.run}/rollouts/{step}.json" for step in get_run(wildcards.run).steps
+    ]
+
+
+def last_video(wildcards):
+    return f"results/{wildcards.run}/videos/{get_run(wildcards.run).steps[-1]}.mp4"
+
+
+def shard_demos(wildcards):
+    """How many demonstrations a planned shard needs, for the run that needs most."""
+    demos = run_of_demos(wildcards).demos
+    runs = [run for run in RUNS.values() if demos_name(run) == wildcards.demos]
+    needed = max(run.demos.num_demos for run in runs) - int(wildcards.shard) * demos.shard_size
+    return min(demos.shard_size, needed)
+
+
+def shard_seed(wildcards):
+    """The first seed of a planned shard."""
+    return run_of_demos(wildcards).demos.first_seed + int(wildcards.shard) * settings.SHARD_SEEDS
+
+
+def check_requirements(jobs):
     """Look for what has to be brought from outside, before any job starts."""
-    if workflow.touch:
-        return
-    jobs = list(workflow.dag.needrun_jobs())
-    for run in sorted({job.wildcards.run for job in jobs if job.rule.name == "init_checkpoint"}):
-        if sentence := config.missing_weights(settings(run), run):
+    jobs = list(jobs)
+    for name in sorted(
+        {job.wildcards.run for job in jobs if job.rule.name.endswith("init_checkpoint")}
+    ):
+        if sentence := settings.missing_weights(get_run(name)):
             raise WorkflowError(sentence)
-    if any(job.rule.name == "plan" for job in jobs) and not PLANNING_PYTHON.exists():
-        raise WorkflowError("the planning environment, envs/planning/.venv, does not exist: run `make setup`.")
+    planning = any(job.rule.name.endswith("plan") for job in jobs)
+    if planning and not PLANNING_PYTHON.exists():
+        raise WorkflowError("envs/planning/.venv does not exist: run `make setup`.")
 
 
 wildcard_constraints:

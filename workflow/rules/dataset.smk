@@ -1,46 +1,62 @@
-# LeRobot dataset, norm stats, and the decoded pictures that training reads.
+# The LeRobot dataset, its norm stats, and the decoded images that training reads.
 
 
 rule dataset:
     input:
-        shards("replays", replay_name),
+        replay_shards,
     output:
         "results/datasets/{dataset}/manifest.json",
     log:
         "results/datasets/{dataset}/dataset.log",
+    benchmark:
+        "results/datasets/{dataset}/dataset.benchmark.tsv"
     threads: 8
     params:
-        options=lambda wildcards: options(dataset_settings(run_of(dataset_name, wildcards.dataset))),
+        replays=as_json,
+        prompt=field("prompt", run_of_dataset),
+        num_demos=lambda wildcards: run_of_dataset(wildcards).demos.num_demos,
+        on_invalid=lambda wildcards: run_of_dataset(wildcards).demos.on_invalid,
+        dataset=section("dataset", run_of_dataset),
         code=code("data.dataset"),
     shell:
-        "{PYTHON} -m demo2eval.data.dataset {params.options} --inputs {input} --output {output} --workers {threads} 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.data.dataset --replays {params.replays:q} --prompt {params.prompt:q}"
+        " --num_demos {params.num_demos:q} --on_invalid {params.on_invalid:q}"
+        " --dataset {params.dataset:q} --num_workers {threads} --output {output:q}"
+        " 2>&1 | tee {log:q}"
 
 
 rule norm_stats:
     input:
-        lambda wildcards: f"results/datasets/{dataset_name(wildcards.run)}/manifest.json",
+        dataset_of_run,
     output:
-        "results/{run}/norm_stats/manifest.json",
+        manifest="results/{run}/norm_stats/manifest.json",
+        norm_stats="results/{run}/norm_stats/norm_stats.json",
+        ranges="results/{run}/norm_stats/ranges.csv",
     log:
-        "results/{run}/norm_stats/norm_stats.log",
+        "results/{run}/logs/norm_stats.log",
+    benchmark:
+        "results/{run}/benchmarks/norm_stats.tsv"
     params:
-        options=lambda wildcards: options(norm_stats_settings(wildcards.run)),
+        actions=section("actions"),
         code=code("data.norm_stats"),
     shell:
-        "{PYTHON} -m demo2eval.data.norm_stats {params.options} --input {input} --output {output} 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.data.norm_stats --dataset {input:q} --actions {params.actions:q}"
+        " --output {output.manifest:q} 2>&1 | tee {log:q}"
 
 
-rule training_cache:
+rule image_cache:
     input:
-        lambda wildcards: f"results/datasets/{dataset_name(run_of(cache_name, wildcards.cache))}/manifest.json",
+        dataset_of_cache,
     output:
-        "results/caches/{cache}/manifest.json",
+        "results/image_caches/{cache}/manifest.json",
     log:
-        "results/caches/{cache}/training_cache.log",
+        "results/image_caches/{cache}/image_cache.log",
+    benchmark:
+        "results/image_caches/{cache}/image_cache.benchmark.tsv"
     threads: 8
     params:
-        options=lambda wildcards: options(cache_settings(run_of(cache_name, wildcards.cache))),
+        image_size=lambda wildcards: run_of_image_cache(wildcards).pi0_config().siglip.image_size,
         code=code("data.image_cache"),
     shell:
-        "{PYTHON} -m demo2eval.data.image_cache {params.options} --input {input} --output {output} --workers {threads}"
-        " 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.data.image_cache --dataset {input:q} --image_size {params.image_size:q}"
+        " --num_workers {threads} --output {output:q} 2>&1 | tee {log:q}"

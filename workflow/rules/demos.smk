@@ -1,4 +1,4 @@
-# Demonstrations: planned here, published by ManiSkill, or the user's own; then replayed with pictures.
+# Demonstrations: planned here, published by ManiSkill, or the user's own; then replayed with images.
 
 
 rule plan:
@@ -6,55 +6,83 @@ rule plan:
         "results/demos/{demos}/shard-{shard}/manifest.json",
     log:
         "results/demos/{demos}/shard-{shard}/plan.log",
+    benchmark:
+        "results/demos/{demos}/shard-{shard}/plan.benchmark.tsv"
     wildcard_constraints:
         demos=".+-planned-.+",
     params:
-        options=plan_options,
+        task=field("task", run_of_demos),
+        robot=field("robot", run_of_demos),
+        num_demos=shard_demos,
+        first_seed=shard_seed,
         code=code("data.plan"),
     shell:
-        "{PLAN} -m demo2eval.data.plan {params.options} --output {output} 2>&1 | tee {log}"
+        "$PLANNING_PYTHON -m demo2eval.data.plan --task {params.task:q} --robot {params.robot:q}"
+        " --num_demos {params.num_demos:q} --first_seed {params.first_seed:q} --output {output:q}"
+        " 2>&1 | tee {log:q}"
 
 
 rule download_demos:
     output:
         "results/demos/{demos}/shard-000/manifest.json",
     log:
-        "results/demos/{demos}/shard-000/download.log",
+        "results/demos/{demos}/shard-000/download_demos.log",
+    benchmark:
+        "results/demos/{demos}/shard-000/download_demos.benchmark.tsv"
     wildcard_constraints:
         demos=".+-published-.+",
     params:
-        options=taken_options,
+        task=field("task", run_of_demos),
+        robot=field("robot", run_of_demos),
+        num_demos=lambda wildcards: run_of_demos(wildcards).demos.num_demos,
+        on_invalid=lambda wildcards: run_of_demos(wildcards).demos.on_invalid,
         code=code("data.download_demos"),
     shell:
-        "{PYTHON} -m demo2eval.data.download_demos {params.options} --output {output} 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.data.download_demos --task {params.task:q} --robot {params.robot:q}"
+        " --num_demos {params.num_demos:q} --on_invalid {params.on_invalid:q} --output {output:q}"
+        " 2>&1 | tee {log:q}"
 
 
 rule import_demos:
     input:
-        trajectories=lambda wildcards: demos_source(wildcards),
-        description=lambda wildcards: str(Path(demos_source(wildcards)).with_suffix(".json")),
+        h5=trajectory_file,
+        json=lambda wildcards: str(Path(trajectory_file(wildcards)).with_suffix(".json")),
     output:
         "results/demos/{demos}/shard-000/manifest.json",
     log:
-        "results/demos/{demos}/shard-000/import.log",
+        "results/demos/{demos}/shard-000/import_demos.log",
+    benchmark:
+        "results/demos/{demos}/shard-000/import_demos.benchmark.tsv"
     wildcard_constraints:
         demos=".+-file-.+",
     params:
-        options=taken_options,
+        task=field("task", run_of_demos),
+        robot=field("robot", run_of_demos),
+        num_demos=lambda wildcards: run_of_demos(wildcards).demos.num_demos,
+        on_invalid=lambda wildcards: run_of_demos(wildcards).demos.on_invalid,
         code=code("data.import_demos"),
     shell:
-        "{PYTHON} -m demo2eval.data.import_demos {params.options} --input {input.trajectories} --output {output} 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.data.import_demos --source {input.h5:q} --task {params.task:q}"
+        " --robot {params.robot:q} --num_demos {params.num_demos:q} --on_invalid {params.on_invalid:q}"
+        " --output {output:q} 2>&1 | tee {log:q}"
 
 
 rule replay:
     input:
-        lambda wildcards: f"results/demos/{demos_name(run_of(replay_name, wildcards.replay))}/shard-{wildcards.shard}/manifest.json",
+        demos_shard,
     output:
         "results/replays/{replay}/shard-{shard}/manifest.json",
     log:
         "results/replays/{replay}/shard-{shard}/replay.log",
+    benchmark:
+        "results/replays/{replay}/shard-{shard}/replay.benchmark.tsv"
     params:
-        options=lambda wildcards: options(replay_settings(run_of(replay_name, wildcards.replay))),
+        task=field("task", run_of_replay),
+        robot=field("robot", run_of_replay),
+        object=field("object", run_of_replay),
+        replay=section("replay", run_of_replay),
         code=code("data.replay"),
     shell:
-        "{PYTHON} -m demo2eval.data.replay {params.options} --input {input} --output {output} 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.data.replay --demos {input:q} --task {params.task:q}"
+        " --robot {params.robot:q} --object {params.object:q} --replay {params.replay:q}"
+        " --output {output:q} 2>&1 | tee {log:q}"

@@ -1,96 +1,134 @@
-# Evaluation: rollouts of each checkpoint on the same seeds, the table and curve, and a video of the last checkpoint.
+# Evaluation: rollouts of each checkpoint on the same seeds, the table, the curve and a video.
 
 
 rule rollout:
     input:
         checkpoint="results/{run}/checkpoints/{step}.json",
-        dataset=lambda wildcards: f"results/datasets/{dataset_name(wildcards.run)}/manifest.json",
+        dataset=dataset_of_run,
     output:
-        "results/{run}/rollouts/{step}.json",
+        manifest="results/{run}/rollouts/{step}.json",
+        episodes="results/{run}/rollouts/{step}.csv",
     log:
         "results/{run}/logs/rollout_{step}.log",
-    threads: lambda wildcards: settings(wildcards.run)["evaluation"]["workers"]
+    benchmark:
+        "results/{run}/benchmarks/rollout_{step}.tsv"
+    # Before further training: a checkpoint's success, and every fault of evaluation, is seen at once.
+    priority: 100
+    threads: lambda wildcards: get_run(wildcards.run).evaluation.num_workers
     resources:
         gpu=1,
-        simulators=lambda wildcards: settings(wildcards.run)["evaluation"]["workers"],
     params:
-        options=lambda wildcards: options(rollout_settings(wildcards.run)),
+        task=field("task"),
+        object=field("object"),
+        milestones=section("milestones"),
+        evaluation=section("evaluation"),
         code=code("evaluation.rollout"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.evaluation.rollout {params.options} --checkpoint {input.checkpoint} --dataset {input.dataset}"
-        " --output {output} --workers {resources.simulators} 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.evaluation.rollout --checkpoint {input.checkpoint:q}"
+        " --dataset {input.dataset:q} --task {params.task:q} --object {params.object:q}"
+        " --milestones {params.milestones:q} --evaluation {params.evaluation:q}"
+        " --evaluation.num_workers {threads} --output {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule video:
     input:
         "results/{run}/checkpoints/{step}.json",
     output:
-        "results/{run}/videos/{step}.json",
+        manifest="results/{run}/videos/{step}.json",
+        video="results/{run}/videos/{step}.mp4",
     log:
         "results/{run}/logs/video_{step}.log",
+    benchmark:
+        "results/{run}/benchmarks/video_{step}.tsv"
     threads: 2
     resources:
         gpu=1,
     params:
-        options=lambda wildcards: options(video_settings(wildcards.run)),
+        task=field("task"),
+        object=field("object"),
+        milestones=section("milestones"),
+        evaluation=section("evaluation"),
+        num_videos=lambda wildcards: get_run(wildcards.run).evaluation.num_videos,
         code=code("evaluation.video"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.evaluation.video {params.options} --checkpoint {input} --output {output} --workers {threads} 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.evaluation.video --checkpoint {input:q} --task {params.task:q}"
+        " --object {params.object:q} --milestones {params.milestones:q}"
+        " --evaluation {params.evaluation:q} --evaluation.num_videos {params.num_videos:q}"
+        " --evaluation.num_workers {threads} --output {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule success_table:
     input:
-        rollouts=lambda wildcards: [f"results/{wildcards.run}/rollouts/{step}.json" for step in steps_of(settings(wildcards.run))],
-        video=lambda wildcards: f"results/{wildcards.run}/videos/{steps_of(settings(wildcards.run))[-1]}.json",
+        rollouts=all_rollouts,
+        video=last_video,
     output:
         table="results/{run}/success.csv",
         curve="results/{run}/success.png",
-        stages="results/{run}/stages.csv",
+        milestones="results/{run}/milestones.csv",
     log:
         "results/{run}/logs/success_table.log",
+    benchmark:
+        "results/{run}/benchmarks/success_table.tsv"
     params:
+        rollouts=lambda wildcards, input: json.dumps(list(input.rollouts)),
         code=code("evaluation.success_table"),
     shell:
-        "{PYTHON} -m demo2eval.evaluation.success_table --run {wildcards.run} --inputs {input.rollouts}"
-        " --table {output.table} --curve {output.curve} --stages {output.stages} 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.evaluation.success_table --run {wildcards.run:q}"
+        " --rollouts {params.rollouts:q} --table {output.table:q} --curve {output.curve:q}"
+        " --milestones {output.milestones:q} 2>&1 | tee {log:q}"
 
 
-# Not part of the chain: for finding out why a run fails.
+# Not part of the chain: to find out why a run fails.
 
 
-rule video_of_failures:
+rule failure_video:
     input:
         checkpoint="results/{run}/checkpoints/{step}.json",
         rollouts="results/{run}/rollouts/{step}.json",
     output:
-        "results/{run}/failures/{step}.json",
+        manifest="results/{run}/failures/{step}.json",
+        video="results/{run}/failures/{step}.mp4",
     log:
-        "results/{run}/logs/video_of_failures_{step}.log",
+        "results/{run}/logs/failure_video_{step}.log",
+    benchmark:
+        "results/{run}/benchmarks/failure_video_{step}.tsv"
     threads: 2
     resources:
         gpu=1,
     params:
-        options=lambda wildcards: options(video_settings(wildcards.run)),
+        task=field("task"),
+        object=field("object"),
+        milestones=section("milestones"),
+        evaluation=section("evaluation"),
+        num_videos=lambda wildcards: get_run(wildcards.run).evaluation.num_videos,
         code=code("evaluation.video"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.evaluation.video {params.options} --checkpoint {input.checkpoint} --failures-of {input.rollouts}"
-        " --output {output} --workers {threads} 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.evaluation.video --checkpoint {input.checkpoint:q}"
+        " --rollouts {input.rollouts:q} --task {params.task:q} --object {params.object:q}"
+        " --milestones {params.milestones:q} --evaluation {params.evaluation:q}"
+        " --evaluation.num_videos {params.num_videos:q} --evaluation.num_workers {threads}"
+        " --output {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule action_error:
     input:
         checkpoint="results/{run}/checkpoints/{step}.json",
-        cache=lambda wildcards: f"results/caches/{cache_name(wildcards.run)}/manifest.json",
+        image_cache=image_cache_of_run,
     output:
-        "results/{run}/action_errors/{step}.json",
+        manifest="results/{run}/action_errors/{step}.json",
+        table="results/{run}/action_errors/{step}.csv",
     log:
         "results/{run}/logs/action_error_{step}.log",
+    benchmark:
+        "results/{run}/benchmarks/action_error_{step}.tsv"
     threads: 2
     resources:
         gpu=1,
     params:
-        options=lambda wildcards: options(action_error_settings(wildcards.run)),
+        num_val_demos=lambda wildcards: get_run(wildcards.run).training.num_val_demos,
+        evaluation=section("evaluation"),
         code=code("evaluation.action_error"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.evaluation.action_error {params.options} --checkpoint {input.checkpoint} --cache {input.cache}"
-        " --output {output} 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.evaluation.action_error --checkpoint {input.checkpoint:q}"
+        " --image_cache {input.image_cache:q} --num_val_demos {params.num_val_demos:q}"
+        " --evaluation {params.evaluation:q} --output {output.manifest:q} 2>&1 | tee {log:q}"

@@ -1,38 +1,55 @@
-# Training: step 0, then one segment a checkpoint, each resuming the one before.
+# Training: checkpoint 0, then one job per save interval, each resuming the checkpoint before.
 
 
 rule init_checkpoint:
     input:
-        norm_stats="results/{run}/norm_stats/manifest.json",
+        "results/{run}/norm_stats/manifest.json",
     output:
         "results/{run}/checkpoints/0.json",
     log:
         "results/{run}/logs/init_checkpoint.log",
+    benchmark:
+        "results/{run}/benchmarks/init_checkpoint.tsv"
     params:
-        options=lambda wildcards: options(init_settings(wildcards.run)),
+        task=field("task"),
+        prompt=field("prompt"),
+        robot=field("robot"),
+        seed=field("seed"),
+        replay=section("replay"),
+        dataset=section("dataset"),
+        actions=section("actions"),
+        model=section("model"),
         code=code("training.init_checkpoint"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.training.init_checkpoint {params.options} --norm-stats {input.norm_stats} --output {output}"
-        " 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.training.init_checkpoint --norm_stats {input:q} --task {params.task:q}"
+        " --prompt {params.prompt:q} --robot {params.robot:q} --seed {params.seed:q}"
+        " --replay {params.replay:q} --dataset {params.dataset:q} --actions {params.actions:q}"
+        " --model {params.model:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
-rule train_segment:
+rule train:
     input:
         previous=previous_checkpoint,
-        cache=lambda wildcards: f"results/caches/{cache_name(wildcards.run)}/manifest.json",
+        image_cache=image_cache_of_run,
     output:
-        "results/{run}/checkpoints/{step}.json",
+        manifest="results/{run}/checkpoints/{step}.json",
+        metrics="results/{run}/checkpoints/{step}/metrics.csv",
     log:
-        "results/{run}/logs/train_segment_{step}.log",
+        "results/{run}/logs/train_{step}.log",
+    benchmark:
+        "results/{run}/benchmarks/train_{step}.tsv"
     wildcard_constraints:
         step=r"[1-9]\d*",
-    priority: 100
-    threads: workflow.cores
+    threads: 8
     resources:
         gpu=1,
     params:
-        options=lambda wildcards: options({"to_step": int(wildcards.step)} | training_settings(wildcards.run)),
+        seed=field("seed"),
+        training=section("training"),
+        actions=section("actions"),
         code=code("training.train"),
     shell:
-        "{JAX_PYTHON} -m demo2eval.training.train {params.options} --previous {input.previous} --cache {input.cache}"
-        " --output {output} 2>&1 | tee {log}"
+        "$PYTHON -m demo2eval.training.train --previous {input.previous:q}"
+        " --image_cache {input.image_cache:q} --step {wildcards.step:q} --seed {params.seed:q}"
+        " --training {params.training:q} --actions {params.actions:q} --output {output.manifest:q}"
+        " 2>&1 | tee {log:q}"

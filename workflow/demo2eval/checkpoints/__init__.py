@@ -1,1 +1,1 @@
-"""Checkpoints on disk: openpi's layout, Hugging Face's safetensors, and what a policy needs besides weights."""
+"""Checkpoints on disk: openpi's layout, Hugging Face's safetensors, and a policy's metadata."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,20 +25,21 @@ READERS = 4
 
 @dataclass(frozen=True)
 class LazyArray:
-    """An array that is read or made only when its turn comes to be written."""
+    """An array that is read only when its turn comes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
 
-class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes each `LazyArray` to the end before the next is read; on disk they are plain numpy arrays."""
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes each `LazyArray` before the next is read; on disk they are plain numpy arrays."""
 
-    async def serialize(self, values, infos, args=None):
+    async def serialize(self, values: Any, infos, args=None):
+        assert args is not None
         for value, info, arg in zip(values, infos, args, strict=True):
-            for written in await super().serialize([value.read()], [info], [arg]):
-                written.result()
+            for future in await super().serialize([value.read()], [info], [arg]):
+                future.result()
         return []
 
 
@@ -51,8 +53,8 @@ def save_params(path: Path, params: dict) -> None:
     ocp.PyTreeCheckpointer().save(Path(path).absolute(), {"params": params})
 
 
-def save_lazily(path: Path, arrays: dict[str, LazyArray]) -> None:
-    """Write weights as `save_params` does, holding one array in memory at a time.
+def save_lazy_params(path: Path, arrays: dict[str, LazyArray]) -> None:
+    """Write weights as `save_params` does, with one array in memory at a time.
 
     Args:
         path: the folder `<step>/params`.
@@ -65,7 +67,7 @@ def save_lazily(path: Path, arrays: dict[str, LazyArray]) -> None:
         raise UserError(f"{path} exists; remove it or give another output.")
     tree = {"params": unflatten(arrays)}
     handlers = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, _OneByOne(deepcopy_host_arrays=False)),
+        (LazyArray, _LazyHandler(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
@@ -87,12 +89,15 @@ def load_params(path: Path, config: Pi0Config | None = None, dtype: np.dtype | N
         nested dictionary of numpy arrays.
 
     Raises:
-        UserError: if the folder is missing or damaged, or the weights are of another family or size.
+        UserError: if the folder is missing or damaged, or if the weights are of another model.
     """
-    stored = _describe(Path(path), config)
-    # Each array by itself: Orbax reads all at once, and of one that is damaged leaves a traceback for every other.
+    stored = _read_metadata(Path(path), config)
+    # Each array by itself: Orbax reads all at once, and of one that is damaged leaves a traceback
+    # for every other.
     with ThreadPoolExecutor(READERS) as pool:
-        arrays = pool.map(lambda leaf: _restore(Path(path), *leaf, dtype), stored.values())
+        arrays = pool.map(
+            lambda array: _restore(Path(path), array[0], array[1], dtype), stored.values()
+        )
         return unflatten(dict(zip(stored, arrays, strict=True)))
 
 
@@ -104,36 +109,45 @@ def open_params(path: Path, config: Pi0Config) -> dict[str, LazyArray]:
     """
     return {
         name: LazyArray(
-            tuple(leaf.shape), np.dtype(leaf.dtype), partial(_restore, Path(path), place, leaf)
+            tuple(metadata.shape),
+            np.dtype(metadata.dtype),
+            partial(_restore, Path(path), stored_name, metadata),
         )
-        for name, (place, leaf) in _describe(Path(path), config).items()
+        for name, (stored_name, metadata) in _read_metadata(Path(path), config).items()
     }
 
 
-def _describe(path: Path, config: Pi0Config | None) -> dict[str, tuple[str, object]]:
-    """Return {openpi's name: (name in the file, metadata)} of a checkpoint's arrays, compared with a model's if given."""
+def _read_metadata(path: Path, config: Pi0Config | None) -> dict[str, tuple[str, Any]]:
+    """Return {openpi's name: (name in the file, shape and dtype)} of a checkpoint's arrays.
+
+    They are compared with a model's if `config` is given.
+    """
     if not path.is_dir():
         raise UserError(f"{path} does not exist; a checkpoint keeps its weights in <step>/params.")
     if not (path / "_METADATA").is_file():
         raise UserError(
-            f"{path} holds no weights, or not all of them: it has no file _METADATA; copy or make it again."
+            f"{path} holds no weights, or not all of them: it has no file _METADATA; "
+            "copy or make it again."
         )
-    with _damage_is_told(path):
+    with _report_damage(path):
         _read_index(path)
-        metadata = ocp.PyTreeCheckpointer().metadata(path.absolute()).item_metadata
-        if metadata is None:
+        item = ocp.PyTreeCheckpointer().metadata(path.absolute()).item_metadata
+        if item is None:
             raise ValueError("_METADATA or _sharding is cut off")
-        leaves = flatten(metadata.tree)
-    stored = {name.removeprefix("params/"): (name, leaf) for name, leaf in leaves.items()}
-    if all(name.endswith("/value") for name in stored):  # openpi's training writes them so
-        stored = {name.removesuffix("/value"): place for name, place in stored.items()}
+        stored = flatten(item.tree)
+    arrays = {name.removeprefix("params/"): (name, stored[name]) for name in stored}
+    if all(name.endswith("/value") for name in arrays):  # openpi's training writes them so
+        arrays = {name.removesuffix("/value"): array for name, array in arrays.items()}
     if config is not None:
-        check_params(config, {name: leaf for name, (_, leaf) in stored.items()}, path)
-    return stored
+        check_params(config, {name: metadata for name, (_, metadata) in arrays.items()}, path)
+    return arrays
 
 
 def _read_index(path: Path) -> None:
-    """Read what says where the arrays lie, which fails here with one error and in Orbax with one for each array."""
+    """Read where the arrays lie.
+
+    If that is damaged, it fails here with one error, and in Orbax with one for each array.
+    """
     if (path / "manifest.ocdbt").exists():
         tensorstore.KvStore.open(
             {"driver": "ocdbt", "base": path.absolute().as_uri() + "/"}
@@ -142,28 +156,25 @@ def _read_index(path: Path) -> None:
         raise ValueError("manifest.ocdbt is missing")
 
 
-def _restore(path: Path, name: str, leaf, dtype: np.dtype | None = None) -> np.ndarray:
-    """Read one array, of metadata `leaf`."""
-    with _damage_is_told(path, f"array {name.removeprefix('params/')} of "):
-        restored = ocp.PyTreeCheckpointer().restore(
-            path.absolute(),
-            ocp.args.PyTreeRestore(
-                item=unflatten({name: leaf}),
-                restore_args=unflatten(
-                    {name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)}
-                ),
-                partial_restore=True,
-            ),
-        )
-        return flatten(restored)[name]
+def _restore(path: Path, name: str, metadata, dtype: np.dtype | None = None) -> np.ndarray:
+    """Read one array by its name in the file."""
+    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+    arguments = ocp.args.PyTreeRestore(
+        item=unflatten({name: metadata}),
+        restore_args=unflatten({name: as_numpy}),
+        partial_restore=True,
+    )
+    with _report_damage(path, f"array {name.removeprefix('params/')} of "):
+        return flatten(ocp.PyTreeCheckpointer().restore(path.absolute(), arguments))[name]
 
 
 @contextmanager
-def _damage_is_told(path: Path, what: str = "") -> Iterator[None]:
+def _report_damage(path: Path, prefix: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{what}{path} cannot be read ({first_line}): it is incomplete; copy or make it again."
+            f"{prefix}{path} cannot be read ({first_line}): it is incomplete; "
+            "copy or make it again."
         ) from error

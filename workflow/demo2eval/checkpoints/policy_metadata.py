@@ -1,4 +1,4 @@
-"""policy.json: what a checkpoint carries, besides weights, norm stats and tokenizer, to turn an observation into actions."""
+"""policy.json: what a policy needs besides its weights, norm stats and tokenizer."""
 
 import dataclasses
 import json
@@ -6,21 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo2eval.errors import UserError
+from demo2eval.pi0.config import Pi0Config, make_config
 
 
 @dataclass(frozen=True)
-class PolicyDescription:
+class PolicyMetadata:
     """The content of `<step>/assets/<asset id>/policy.json`.
 
     Attributes:
         variant: model variant, and `model_overrides`: arguments of `make_config` for it.
         asset_id: folder below `assets`.
-        cameras: camera of the model -> camera of ManiSkill.
-        image_size_rendered: side of ManiSkill's pictures, pixels.
-        state: parts of the state vector, in order.
-        delta_action_mask: per action dimension, whether it is a difference from the state; None: no one is.
-        action_width: dimensions of ManiSkill's action.
-        use_quantiles: normalise by q01 and q99 (Pi0.5) rather than by mean and std (Pi0).
+        task: ManiSkill's task that the policy does, and `prompt`: what it is told to do.
+        cameras: camera of the model -> camera of the env.
+        image_size: side of the env's images, pixels; the model's own is `config.siglip.image_size`.
+        state: what the env's state vector is made of, in order.
+        control_mode: of the env.
+        delta_action_mask: per action dimension, whether it is a difference from the state; None: no
+            one is.
+        action_dim: dim of the env's actions; the model's are padded to `config.action_dim`.
+        use_quantiles: normalize by q01 and q99 (Pi0.5) rather than by mean and std (Pi0).
     """
 
     variant: str
@@ -30,18 +34,16 @@ class PolicyDescription:
     robot: str
     prompt: str
     cameras: dict[str, str]
-    image_size_rendered: int
+    image_size: int
     state: list[str]
     control_mode: str
     delta_action_mask: list[bool] | None
-    action_width: int
+    action_dim: int
     use_quantiles: bool
 
     @property
-    def config(self):
-        """The model's `Pi0Config`."""
-        from demo2eval.pi0.config import make_config
-
+    def config(self) -> Pi0Config:
+        """The model."""
         return make_config(self.variant, **self.model_overrides)
 
     def write(self, checkpoint: Path) -> None:
@@ -50,21 +52,22 @@ class PolicyDescription:
         (checkpoint / "assets" / self.asset_id / "policy.json").write_text(text, encoding="utf-8")
 
 
-def assets_folder(checkpoint: Path) -> Path:
-    """Return the folder that holds norm_stats.json, tokenizer.model and policy.json of a checkpoint.
+def find_assets(checkpoint: Path) -> Path:
+    """Return the folder that holds a checkpoint's norm_stats.json, tokenizer.model and policy.json.
 
     Raises:
         UserError: if there is not exactly one.
     """
-    found = sorted(Path(checkpoint).glob("assets/**/policy.json"))
-    if len(found) != 1:
+    files = sorted(Path(checkpoint).glob("assets/**/policy.json"))
+    if len(files) != 1:
         raise UserError(
-            f"{checkpoint} holds {len(found)} files policy.json below assets/, not one; it is no checkpoint of demo2eval."
+            f"{checkpoint} holds {len(files)} files policy.json below assets/, not one; "
+            "it is no checkpoint of demo2eval."
         )
-    return found[0].parent
+    return files[0].parent
 
 
-def read_description(checkpoint: Path) -> PolicyDescription:
+def read_policy_metadata(checkpoint: Path) -> PolicyMetadata:
     """Read a checkpoint's policy.json.
 
     Args:
@@ -73,9 +76,9 @@ def read_description(checkpoint: Path) -> PolicyDescription:
     Raises:
         UserError: if it is missing or does not hold what it should.
     """
-    file = assets_folder(checkpoint) / "policy.json"
+    file = find_assets(checkpoint) / "policy.json"
     try:
-        return PolicyDescription(**json.loads(file.read_text(encoding="utf-8")))
+        return PolicyMetadata(**json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, json.JSONDecodeError) as error:
         raise UserError(
             f"{file} was written by another version ({error}); make checkpoint 0 again."

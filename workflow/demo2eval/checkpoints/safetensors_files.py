@@ -1,96 +1,66 @@
-"""Safetensors read and written one tensor at a time, so that memory never holds a whole file.
+"""Finds the safetensors files of a model and opens their tensors; none is read before its turn.
 
-A file is eight bytes with the length of a JSON header, the header {name: {dtype, shape, data_offsets}}, and the values
-(https://github.com/huggingface/safetensors#format). Weights of several files come with an index of which file holds what.
+Weights of several files (shards) come with an index of which file holds which tensor.
 """
 
 import json
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from demo2eval.checkpoints.mismatch import listed
+from demo2eval.checkpoints.mismatch import join_names
+from demo2eval.checkpoints.openpi import LazyArray
 from demo2eval.errors import UserError
 
-DTYPES = {"F32": np.dtype("<f4"), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("<f2")}
+DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies in a file."""
+def open_tensors(source: Path) -> dict[str, LazyArray]:
+    """Return {name without one leading "model.": tensor} of all files of a model.
 
-    file: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def read(self) -> np.ndarray:
-        """Return the values."""
-        raw = np.fromfile(
-            self.file, np.uint8, math.prod(self.shape) * self.dtype.itemsize, offset=self.offset
-        )
-        return raw.view(self.dtype).reshape(self.shape)
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Return {name: tensor} of one safetensors file, whose values are not read.
+    Args:
+        source: a safetensors file, an index, or a folder with either.
 
     Raises:
-        UserError: if the file is missing, cut off, no safetensors file, or of numbers that are no weights.
+        UserError: if a file is missing or damaged, if a tensor is not where the index says, or if
+            one is there twice.
     """
-    if not file.is_file():
-        raise UserError(
-            f"{file} does not exist; give a safetensors file, or the folder that holds it."
-        )
-    size = file.stat().st_size
-    with open(file, "rb") as content:
-        length = int.from_bytes(content.read(8), "little")
-        text = content.read(length) if length <= size else b""
-    if size < 8 or length > size - 8:
-        raise UserError(
-            f"{file} is cut off within its header, at {size} bytes, or is no safetensors file; copy it again."
-        )
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors = {name: _stored(file, 8 + length, name, entry) for name, entry in header.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file} has a header that cannot be read ({error}); it is no safetensors file, or damaged."
-        ) from error
-    if end > size:
-        raise UserError(f"{file} is cut off: it holds {size} bytes of {end}; copy it again.")
+    files, weight_map = find_files(Path(source))
+    tensors: dict[str, LazyArray] = {}
+    for file in files:
+        opened = _open_file(file)
+        expected = {name for name, file_name in weight_map.items() if file_name == file.name}
+        if missing := sorted(expected - opened.keys()):
+            raise UserError(
+                f"{file} is missing {join_names(missing)}, which {INDEX} says it holds; "
+                "copy it again."
+            )
+        opened = {name.removeprefix("model."): tensor for name, tensor in opened.items()}
+        if twice := sorted(opened.keys() & tensors.keys()):
+            raise UserError(
+                f"{source} holds {join_names(twice)} twice; leave the files of one model in it."
+            )
+        tensors |= opened
     return tensors
 
 
-def _stored(file: Path, start: int, name: str, entry: dict) -> StoredTensor:
-    shape, (first, last), kind = tuple(entry["shape"]), entry["data_offsets"], entry["dtype"]
-    if kind not in DTYPES:
-        raise UserError(f"{file} holds {name} as {kind}; weights are of type {', '.join(DTYPES)}.")
-    if last - first != math.prod(shape) * DTYPES[kind].itemsize:
-        raise ValueError(f"{last - first} bytes for {name} {list(shape)} of type {kind}")
-    return StoredTensor(file, start + first, shape, DTYPES[kind])
+def find_files(source: Path) -> tuple[list[Path], dict[str, str]]:
+    """Return (files, {tensor: name of its file}) of a model; the second is empty without an index.
 
-
-def shards(source: Path) -> tuple[list[Path], dict[str, str]]:
-    """Return (files, {tensor: name of its file}) of weights; the second is empty if there is no index.
-
-    Args:
-        source: a safetensors file, an index, or a folder with either. Other safetensors that lie in the folder, such as
-            LeRobot's normalisation, are no weights.
+    Other safetensors that lie in the folder, such as LeRobot's normalization, are no weights.
 
     Raises:
-        UserError: if there is none, or files that the index names are missing.
+        UserError: if there is no file, or if one that the index names is missing.
     """
     index = source / INDEX if source.is_dir() else source
     if index.name.endswith(".json") and index.is_file():
-        return _indexed(index)
+        return _read_index(index)
     if source.is_file():
         return [source], {}
     for pattern in ("model.safetensors", "model-*.safetensors"):
@@ -99,85 +69,61 @@ def shards(source: Path) -> tuple[list[Path], dict[str, str]]:
     files = sorted(source.glob("*.safetensors"))
     if len(files) == 1:
         return files, {}
-    wrong = "does not exist"
+    problem = "does not exist"
     if source.is_dir():
-        wrong = f"has {len(files) or 'no'} safetensors files{', none of them model.safetensors' if files else ''}"
+        problem = "has no safetensors files"
+    if files:
+        problem = f"has {len(files)} safetensors files, none of them model.safetensors"
     raise UserError(
-        f"{source} {wrong}; set model.weights to an openpi checkpoint, a folder with params/, or to safetensors."
+        f"{source} {problem}; set model.weights to an openpi checkpoint, a folder with params/, "
+        "or to safetensors."
     )
 
 
-def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
+def _read_index(index: Path) -> tuple[list[Path], dict[str, str]]:
     try:
-        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        files = [index.parent / name for name in sorted(set(places.values()))]
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = [index.parent / name for name in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is no index of safetensors ({error}); copy it again.") from error
     if missing := [file.name for file in files if not file.is_file()]:
-        arrays = sum(file in missing for file in places.values())
+        count = sum(file_name in missing for file_name in weight_map.values())
         raise UserError(
-            f"{index.parent} lacks {', '.join(missing)}, {arrays} of the {len(places)} arrays that {INDEX} lists."
+            f"{index.parent} is missing {', '.join(missing)}, {count} of the {len(weight_map)} "
+            f"arrays that {INDEX} lists; copy it again."
         )
-    return files, places
+    return files, weight_map
 
 
-def open_tensors(source: Path) -> dict[str, StoredTensor]:
-    """Return {name without one leading "model.": tensor} of all files of some weights.
-
-    Args:
-        source: as for `shards`.
-
-    Raises:
-        UserError: if a file is missing or damaged, or lacks what the index says, or if a tensor is there twice.
-    """
-    files, places = shards(Path(source))
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        header = read_header(file)
-        if absent := sorted(
-            name for name, place in places.items() if place == file.name and name not in header
-        ):
-            raise UserError(
-                f"{file} lacks {listed(absent)}, which {INDEX} says it holds; copy it again."
-            )
-        plain = {name.removeprefix("model."): tensor for name, tensor in header.items()}
-        if twice := sorted(plain.keys() & tensors.keys()):
-            raise UserError(
-                f"{source} holds {listed(twice)} twice; leave the files of one model in it."
-            )
-        tensors |= plain
+def _open_file(file: Path) -> dict[str, LazyArray]:
+    """Return {name: tensor} of one file."""
+    tensors = {}
+    with _safe_open(file) as content:
+        for name in content.keys():  # noqa: SIM118  (it is no dictionary)
+            tensor = content.get_slice(name)
+            if tensor.get_dtype() not in DTYPES:
+                raise UserError(
+                    f"{file} holds {name} as {tensor.get_dtype()}; weights are of type "
+                    f"{', '.join(DTYPES)}."
+                )
+            dtype = np.dtype(DTYPES[tensor.get_dtype()])
+            tensors[name] = LazyArray(tuple(tensor.get_shape()), dtype, partial(_read, file, name))
     return tensors
 
 
-def write_tensors(
-    file: Path, described: dict[str, tuple[np.dtype, tuple[int, ...]]], values: Iterable[np.ndarray]
-) -> None:
-    """Write a safetensors file, under another name until it is whole.
+def _read(file: Path, name: str) -> np.ndarray:
+    # Opened for each tensor: while a file is open, all that was read of it stays in memory.
+    with _safe_open(file) as content:
+        return content.get_tensor(name)
 
-    Args:
-        described: name -> dtype and shape, in the order of `values`, which are taken one by one.
 
-    Raises:
-        UserError: if the file exists.
-    """
-    if file.exists():
-        raise UserError(f"{file} exists; remove it or give another output.")
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {}, 0
-    for name, (dtype, shape) in described.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
+@contextmanager
+def _safe_open(file: Path) -> Iterator[safe_open]:
     try:
-        with open(partial, "wb") as output:
-            output.write(len(text).to_bytes(8, "little") + text)
-            for (dtype, shape), value in zip(described.values(), values, strict=True):
-                if value.shape != shape:
-                    raise ValueError(f"{value.shape} is not the {shape} that was announced")
-                output.write(np.ascontiguousarray(value, dtype).view(np.uint8).data)
-        partial.rename(file)
-    finally:
-        partial.unlink(missing_ok=True)
+        with safe_open(file, framework="numpy") as content:
+            yield content
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}): it is cut off, damaged or no safetensors file; "
+            "copy it again."
+        ) from error

@@ -17,8 +17,9 @@ import numpy as np
 from demo2eval.data.chunks import chunk_rows, last_rows
 from demo2eval.errors import UserError
 from demo2eval.maniskill.robots import ARM_JOINTS
+from demo2eval.pi0.image import resize_with_pad
 from demo2eval.pi0.normalize import NormStats, load_norm_stats, normalize
-from demo2eval.pi0.transforms import delta_actions, pad, resize_with_pad
+from demo2eval.pi0.transforms import delta_actions, pad
 
 ORDER, NOISE = 0, 1
 RESIZE_THREADS = 8
@@ -156,10 +157,10 @@ class BatchLoader:
             checkpoint: the folder of a step, whose assets hold policy.json, norm_stats.json and
                 tokenizer.model.
         """
-        from demo2eval.checkpoints.policy_metadata import assets_folder, read_description
+        from demo2eval.checkpoints.policy_metadata import find_assets, read_policy_metadata
         from demo2eval.pi0.tokenizer import Tokenizer
 
-        policy, assets = read_description(checkpoint), assets_folder(checkpoint)
+        policy, assets = read_policy_metadata(checkpoint), find_assets(checkpoint)
         config = policy.config
         prompt = PromptTokenizer(
             Tokenizer.from_file(assets / "tokenizer.model"),

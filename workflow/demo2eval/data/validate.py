@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from demo2eval.cli import report_errors
 from demo2eval.config import OnInvalid
 from demo2eval.data.trajectory import (
     SENSORS,
@@ -566,10 +567,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="+", help="trajectory.h5, or manifest.json")
-    try:
+    with report_errors():
         issues, files = validate_paths(parser.parse_args().files)
-    except UserError as error:
-        sys.exit(f"demo2eval: error: {error}")
     for issue in issues:
         print(issue)
     valid = sum(len(file.demos) for file in files)

@@ -5,16 +5,18 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from demo2eval.checkpoints.openpi import load_params
-from demo2eval.checkpoints.policy_metadata import assets_folder, read_description
+from demo2eval.checkpoints.policy_metadata import find_assets, read_policy_metadata
 from demo2eval.errors import UserError
+from demo2eval.pi0.image import resize_with_pad
 from demo2eval.pi0.model import Observation
 from demo2eval.pi0.normalize import load_norm_stats, normalize, unnormalize
-from demo2eval.pi0.sampling import compiler_options, fold, sample
+from demo2eval.pi0.sampling import compiler_options, fold_params, sample_folded
 from demo2eval.pi0.tokenizer import Tokenizer
-from demo2eval.pi0.transforms import absolute_actions, pad, resize_with_pad
+from demo2eval.pi0.transforms import absolute_actions, pad
 
 BATCH_SIZES = {"cpu": 4, "gpu": 8}
 """By JAX's backend: a CPU's time grows with the batch, a GPU's hardly."""
@@ -43,22 +45,22 @@ class Policy:
         Raises:
             UserError: if something of the checkpoint is missing or does not fit.
         """
-        self.description = read_description(checkpoint)
+        self.description = read_policy_metadata(checkpoint)
         self.config = self.description.config
         self.batch_size = batch_size or BATCH_SIZES.get(jax.default_backend(), 8)
-        assets = assets_folder(checkpoint)
+        assets = find_assets(checkpoint)
         self._checkpoint = checkpoint
         self._stats = load_norm_stats(assets / "norm_stats.json")
         self._tokenizer = Tokenizer.from_file(assets / "tokenizer.model")
         params = load_params(Path(checkpoint) / "params", self.config)
-        self._folded = jax.jit(partial(fold, self.config, num_steps=num_steps))(params)
+        self._folded = jax.jit(partial(fold_params, self.config, num_steps=num_steps))(params)
         self._sample = jax.jit(
-            partial(sample, self.config), compiler_options=compiler_options(self.batch_size)
+            partial(sample_folded, self.config), compiler_options=compiler_options(self.batch_size)
         )
 
     def compile(self) -> None:
         """Compile the model, which the first `infer` would do otherwise."""
-        size = self.description.image_size_rendered
+        size = self.description.image_size
         black = np.zeros((size, size, 3), np.uint8)
         images = dict.fromkeys(self.description.cameras.values(), black)
         state = np.zeros(self._stats["state"].mean.shape[-1], np.float32)
@@ -116,7 +118,7 @@ class Policy:
         config, size = self.config, self.config.siglip.image_size
         states = np.stack([item["state"] for item in observations])
         images = {
-            camera: np.stack(
+            camera: jnp.asarray(
                 [resize_with_pad(item["images"][source], size, size) for item in observations]
             )
             for camera, source in self.description.cameras.items()
@@ -135,9 +137,9 @@ class Policy:
         padded = config.discrete_state_input or not masks.all()
         return Observation(
             images=images,
-            state=pad(normalized, config.action_dim).astype(np.float32),
-            tokenized_prompt=tokens,
-            tokenized_prompt_mask=masks if padded else None,
+            state=jnp.asarray(pad(normalized, config.action_dim), jnp.float32),
+            tokenized_prompt=jnp.asarray(tokens),
+            tokenized_prompt_mask=jnp.asarray(masks) if padded else None,
         )
 
     def transform_outputs(self, chunks: np.ndarray, states: np.ndarray) -> np.ndarray:
@@ -151,7 +153,7 @@ class Policy:
             float32 [n, horizon, dim of ManiSkill's action], in the env's units, absolute where the
             model predicts differences from the state.
         """
-        unpadded = np.asarray(chunks, np.float64)[..., : self.description.action_width]
+        unpadded = np.asarray(chunks, np.float64)[..., : self.description.action_dim]
         actions = unnormalize(unpadded, self._stats["actions"], self.description.use_quantiles)
         if self.description.delta_action_mask is not None:
             actions = absolute_actions(actions, states, self.description.delta_action_mask)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from demo2eval.checkpoints.policy_metadata import PolicyDescription, read_description
+from demo2eval.checkpoints.policy_metadata import PolicyMetadata, read_policy_metadata
 from demo2eval.cli import run
 from demo2eval.config import Evaluation, Milestones
 from demo2eval.errors import UserError
@@ -85,7 +85,7 @@ def run_rollouts(
         if dataset:
             check_seeds(seeds, checkpoint, dataset)
         folder = checkpoint.with_suffix("")
-        policy = read_description(folder)
+        policy = read_policy_metadata(folder)
         episode_settings = make_episode_settings(policy, task, object, milestones, evaluation)
         table, load = job.partial / "episodes.csv", policy_loader(folder, evaluation)
         started = time.monotonic()
@@ -124,7 +124,7 @@ def check_seeds(seeds: Iterable[int], checkpoint: Path, dataset: Path) -> None:
 
 
 def make_episode_settings(
-    policy: PolicyDescription,
+    policy: PolicyMetadata,
     task: str,
     object: str,
     milestones: Milestones,
@@ -152,7 +152,7 @@ def make_episode_settings(
         robot=policy.robot,
         control_mode=policy.control_mode,
         cameras=tuple(sorted(set(policy.cameras.values()))),
-        image_size=policy.image_size_rendered,
+        image_size=policy.image_size,
         state=tuple(policy.state),
         object=object,
         milestones=milestones,

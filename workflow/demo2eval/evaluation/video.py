@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demo2eval.checkpoints.policy_metadata import read_description
+from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.cli import run
 from demo2eval.config import Evaluation, Milestones
 from demo2eval.errors import UserError
@@ -76,7 +76,7 @@ def record_videos(
             seeds = failed_seeds(rollouts, checkpoint)[: evaluation.num_videos]
         folder = checkpoint.with_suffix("")
         episode_settings = make_episode_settings(
-            read_description(folder), task, object, milestones, evaluation, record_frames=True
+            read_policy_metadata(folder), task, object, milestones, evaluation, record_frames=True
         )
         load = policy_loader(folder, evaluation)
         episodes = run_episodes(episode_settings, seeds, evaluation.num_workers, load)

@@ -1,1 +1,1 @@
-"""Pi0 and Pi0.5: the model, its transforms, tokenizer and checkpoints."""
+"""Pi0 and Pi0.5: the model, its transforms and its tokenizer."""

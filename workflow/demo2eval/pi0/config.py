@@ -1,4 +1,4 @@
-"""Sizes and switches of Pi0 and Pi0.5. One configuration class serves both families and every size."""
+"""Sizes and switches of Pi0 and Pi0.5: one configuration class for both families and every size."""
 
 import dataclasses
 import difflib
@@ -9,7 +9,7 @@ from demo2eval.errors import UserError
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters of one language tower: w + a b alpha/rank, for the attention and the feed-forward matrices."""
+    """Low-rank adapters of one expert, for its attention and its feed-forward matrices."""
 
     attention_rank: int
     attention_alpha: float
@@ -19,7 +19,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """One language tower: Gemma, or the action expert that attends together with it."""
+    """One expert: PaliGemma's language model (Gemma), or the action expert that attends with it."""
 
     width: int
     depth: int
@@ -32,7 +32,7 @@ class GemmaConfig:
 
 @dataclass(frozen=True)
 class SiglipConfig:
-    """The vision tower, SigLIP's ViT without a pooling head."""
+    """The vision encoder: SigLIP's ViT without a pooling head."""
 
     width: int
     depth: int
@@ -42,8 +42,8 @@ class SiglipConfig:
     image_size: int = 224
 
     @property
-    def tokens(self) -> int:
-        """Image tokens of one camera."""
+    def num_patches(self) -> int:
+        """Patches of one image, which are its tokens."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -53,14 +53,16 @@ class Pi0Config:
 
     Attributes:
         family: "pi05" or "pi0".
-        paligemma: the language tower that reads images and prompt.
-        action_expert: the tower that reads noisy actions; same depth and heads as `paligemma`.
-        action_dim: width of state and actions, padded.
+        paligemma: the expert that reads images and prompt.
+        action_expert: the expert that reads noisy actions; same depth and heads as `paligemma`.
+        siglip: the vision encoder.
+        action_dim: dim of the model's state and actions; shorter ones are padded.
         action_horizon: actions in a chunk.
         max_token_len: length to which prompts are padded.
         dtype: of the computation; parameters are float32 for training.
         discrete_state_input: the state is written into the prompt (Pi0.5).
-        continuous_state_token: ours, for small models from scratch: the state is one more prefix token (Pi0.5).
+        continuous_state_token: the state is one more prefix token (Pi0.5). It is for small models
+            that are trained from scratch; openpi has no such switch.
         remat: recompute activations of each layer in the backward pass.
     """
 
@@ -79,7 +81,7 @@ class Pi0Config:
 
     @property
     def is_pi05(self) -> bool:
-        """Whether time conditions the expert's norms (Pi0.5) rather than being mixed into the action tokens (Pi0)."""
+        """Whether time conditions the expert's norms (Pi0.5), or is mixed into its tokens (Pi0)."""
         return self.family == "pi05"
 
 
@@ -145,9 +147,8 @@ def _replace(config, key: str, value):
     fields = [field.name for field in dataclasses.fields(config)]
     if name not in fields:
         close = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
-        raise UserError(
-            f"model.overrides has an unknown key {key!r}.{f' Did you mean {close[0]!r}?' if close else ''}"
-        )
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"model.overrides has an unknown key {key!r}.{hint}")
     if rest:
         value = _replace(getattr(config, name), rest, value)
     return dataclasses.replace(config, **{name: value})
@@ -155,8 +156,8 @@ def _replace(config, key: str, value):
 
 def without_lora(config: Pi0Config) -> Pi0Config:
     """Return the same model without low-rank adapters."""
-    towers = {name: dataclasses.replace(getattr(config, name), lora=None) for name in LORA}
-    return dataclasses.replace(config, **towers)
+    experts = {name: dataclasses.replace(getattr(config, name), lora=None) for name in LORA}
+    return dataclasses.replace(config, **experts)
 
 
 def make_config(variant: str = "pi05", **overrides) -> Pi0Config:
@@ -164,15 +165,16 @@ def make_config(variant: str = "pi05", **overrides) -> Pi0Config:
 
     Args:
         variant: one of `VARIANTS`.
-        overrides: fields of `Pi0Config`, with dots for nested ones, such as {"siglip.width": 128}.
+        overrides: fields of `Pi0Config`, with dots for nested ones, as in {"siglip.width": 128}.
 
     Raises:
         UserError: if the variant or a key is unknown; names the nearest.
     """
     if variant not in VARIANTS:
         close = difflib.get_close_matches(variant, VARIANTS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UserError(
-            f"there is no model variant {variant!r}; there are {', '.join(VARIANTS)}.{' Near: ' + close[0] if close else ''}"
+            f"there is no model variant {variant!r}; there are {', '.join(VARIANTS)}.{hint}"
         )
     config = VARIANTS[variant]
     for key, value in overrides.items():

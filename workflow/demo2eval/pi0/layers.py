@@ -1,14 +1,16 @@
-"""What both towers are built from."""
+"""What the vision encoder and the experts are built from."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 UNROLLED_DEPTH = 6
 
 
-def dense(params: dict, x: jax.Array) -> jax.Array:
+def dense(params: dict, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
     """x @ kernel + bias in x's dtype."""
     return x @ params["kernel"].astype(x.dtype) + params["bias"].astype(x.dtype)
 
@@ -19,9 +21,12 @@ def has_fused_attention(dtype) -> bool:
 
 
 def fused_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, scale: float | None = None
-) -> jax.Array:
-    """Attention of all queries [b, q, heads, head_dim] to all keys and values [b, n, kv heads, head_dim] in one kernel, if there is one.
+    query: Float[Array, "b q heads head_dim"],
+    key: Float[Array, "b n kv_heads head_dim"],
+    value: Float[Array, "b n kv_heads head_dim"],
+    scale: float | None = None,
+) -> Float[Array, "b q heads head_dim"]:
+    """Attention of all queries to all keys, in one kernel where the device has it.
 
     Args:
         scale: of the logits; None is head_dim^-0.5.
@@ -32,31 +37,33 @@ def fused_attention(
     )
 
 
-def over_layers(step: Callable, params: dict | list, carry, *, remat: bool = False):
-    """Apply `step` layer by layer.
+def apply_layers(block: Callable, params: dict | list, carry: Any, *, remat: bool = False) -> Any:
+    """Apply `block` layer by layer.
 
-    Shallow towers are unrolled, since a loop costs more than it saves there, above all on a CPU; deep ones are scanned.
+    Shallow models are unrolled, since a loop costs more than it saves there, above all on a CPU;
+    deep ones are scanned.
 
     Args:
-        step: (parameters of the layer, carry) -> carry.
-        params: the layers' parameters, stacked along a leading axis of length depth; or a list of each layer's, always unrolled.
+        block: (parameters of the layer, carry) -> carry.
+        params: the layers' parameters, stacked along a leading axis of length depth; or a list of
+            each layer's, always unrolled.
         remat: recompute each layer in the backward pass.
 
     Returns:
         carry.
     """
-    step = jax.checkpoint(step, prevent_cse=False) if remat else step
+    block = jax.checkpoint(block, prevent_cse=False) if remat else block
     if isinstance(params, dict):
         depth = len(jax.tree.leaves(params)[0])
         if depth > UNROLLED_DEPTH:
-            return jax.lax.scan(lambda carry, layer: (step(layer, carry), None), carry, params)[0]
+            return jax.lax.scan(lambda carry, layer: (block(layer, carry), None), carry, params)[0]
         params = unstack(params)
     for layer in params:
-        carry = step(layer, carry)
+        carry = block(layer, carry)
     return carry
 
 
 def unstack(params: dict) -> list[dict]:
     """Return the list of each layer's parameters, given them stacked along a leading axis."""
     depth = len(jax.tree.leaves(params)[0])
-    return [jax.tree.map(lambda array: array[index], params) for index in range(depth)]  # noqa: B023  (used at once)
+    return [jax.tree.map(lambda array, layer=layer: array[layer], params) for layer in range(depth)]

@@ -1,19 +1,25 @@
-"""Pi0 and Pi0.5: flow matching over action chunks, given pictures, prompt and state (Black et al., 2024; Physical Intelligence, 2025).
+"""Pi0 and Pi0.5: flow matching over action chunks, given images, prompt and state.
 
-The prefix (pictures, prompt) goes through PaliGemma, the suffix (noisy actions, in Pi0 the state before them) through the action
-expert. Time 1 is noise: x_t = t noise + (1 - t) actions, and the model learns the velocity noise - actions.
+The prefix (images, prompt) goes through PaliGemma, the suffix (noisy actions, in Pi0 the state
+before them) through the action expert. Time 1 is noise: x_t = t noise + (1 - t) actions, and the
+model's v_t should be u_t = noise - actions (Black et al., 2024; Physical Intelligence, 2025).
+
+Shapes: b is the batch, n tokens, ah `action_horizon`, ad `action_dim`.
 """
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from demo2eval.pi0 import gemma, siglip
 from demo2eval.pi0.config import Pi0Config
 from demo2eval.pi0.layers import dense, unstack
 
-TIME_PERIODS = (4e-3, 4.0)
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+
+Actions = Float[Array, "b ah ad"]
 
 
 @jax.tree_util.register_dataclass
@@ -22,161 +28,191 @@ class Observation:
     """What the policy sees, a batch of b.
 
     Attributes:
-        images: camera -> float32 [b, h, w, 3] in [-1, 1], or uint8; only cameras that exist.
-        state: float32 [b, action_dim], normalised and padded.
-        tokenized_prompt: int32 [b, l].
-        tokenized_prompt_mask: bool [b, l], False for padding; None where there is none.
-        image_masks: camera -> bool [b], False where a picture is missing; None where all are there.
+        images: camera -> float32 in [-1, 1], or uint8; only cameras that exist.
+        state: normalized and padded.
+        tokenized_prompt: padded to l tokens.
+        tokenized_prompt_mask: False for padding; None where there is none.
+        image_masks: camera -> False where an image is missing; None where all are there.
     """
 
-    images: dict[str, jax.Array]
-    state: jax.Array
-    tokenized_prompt: jax.Array
-    tokenized_prompt_mask: jax.Array | None = None
-    image_masks: dict[str, jax.Array] | None = None
+    images: dict[str, Float[Array, "b h w 3"] | UInt8[Array, "b h w 3"]]
+    state: Float[Array, "b ad"]
+    tokenized_prompt: Int[Array, "b l"]
+    tokenized_prompt_mask: Bool[Array, "b l"] | None = None
+    image_masks: dict[str, Bool[Array, " b"]] | None = None
 
 
-def time_embedding(time: jax.Array, width: int) -> jax.Array:
-    """Sines and cosines of time [b] with periods from 4e-3 to 4, geometrically spaced -> float32 [b, width]."""
-    shortest, longest = TIME_PERIODS
-    period = shortest * (longest / shortest) ** jnp.linspace(0.0, 1.0, width // 2)
+def posemb_sincos(time: Float[Array, " b"], dim: int) -> Float[Array, "b {dim}"]:
+    """Sines and cosines of time with periods from 4e-3 to 4, geometrically spaced, float32."""
+    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** jnp.linspace(0.0, 1.0, dim // 2)
     angle = time[:, None] * (1.0 / period * 2 * jnp.pi)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def attention_mask(valid: jax.Array | None, opens_block: jax.Array) -> jax.Array:
-    """Which token may look at which.
+def make_attn_mask(
+    input_mask: Bool[Array, "b n"] | None, ar_mask: Bool[Array, " n"]
+) -> Bool[Array, "#b n n"]:
+    """Return which token (row) attends to which (column).
 
     Args:
-        valid: bool [b, n], False for padding; None: there is none.
-        opens_block: bool [n]; a token sees all blocks up to its own.
-
-    Returns:
-        bool [b or 1, n (looking), n (seen)].
+        input_mask: False for padding; None: there is none.
+        ar_mask: True where a new block begins; a token attends to all blocks up to its own.
     """
-    block = jnp.cumsum(opens_block)
-    seen = (block[None, :] <= block[:, None])[None]
-    return seen if valid is None else seen & valid[:, None, :] & valid[:, :, None]
+    block = jnp.cumsum(ar_mask)
+    attn_mask = (block[None, :] <= block[:, None])[None]
+    if input_mask is None:
+        return attn_mask
+    return attn_mask & input_mask[:, None, :] & input_mask[:, :, None]
+
+
+def make_suffix_attn_mask(
+    prefix_mask: Bool[Array, "b p"], ar_mask: Bool[Array, " s"]
+) -> Bool[Array, "b s p+s"]:
+    """Return which tokens of prefix and suffix each suffix token attends to."""
+    batch, (length,) = len(prefix_mask), ar_mask.shape
+    prefix_attn_mask = jnp.broadcast_to(prefix_mask[:, None], (batch, length, prefix_mask.shape[1]))
+    suffix_attn_mask = jnp.broadcast_to(make_attn_mask(None, ar_mask), (batch, length, length))
+    return jnp.concatenate([prefix_attn_mask, suffix_attn_mask], axis=-1)
+
+
+def make_positions(input_mask: Bool[Array, "b n"]) -> Int[Array, "b n"]:
+    """Number the tokens, padding not counted."""
+    return jnp.cumsum(input_mask, axis=1) - 1
 
 
 def embed_prefix(
     config: Pi0Config, params: dict, observation: Observation
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return tokens [b, n, width] of pictures, prompt and, if configured, the state; and valid, bool [b, n], None if all are."""
-    dtype, weights = jnp.dtype(config.dtype), params["PaliGemma"]
-    batch = observation.tokenized_prompt.shape[0]
+) -> tuple[Float[Array, "b n d"], Bool[Array, "b n"] | None]:
+    """Embed images, prompt and, if so configured, the state.
+
+    Returns:
+        (tokens, input_mask, which is None if no token is padding).
+    """
+    dtype, paligemma = jnp.dtype(config.dtype), params["PaliGemma"]
     # openpi's own order of cameras is that of their names.
     cameras = sorted(observation.images)
     pixels = jnp.concatenate([observation.images[camera] for camera in cameras])
     pixels = pixels / jnp.float32(255) * 2 - 1 if pixels.dtype == jnp.uint8 else pixels
-    encoded = siglip.encode(config.siglip, weights["img"], pixels, dtype, config.remat)
+    image_tokens = siglip.encode(config.siglip, paligemma["img"], pixels, dtype, config.remat)
     tokens = [
-        *jnp.split(encoded, len(cameras)),
-        gemma.embed(config.paligemma, weights["llm"], observation.tokenized_prompt, dtype),
+        *jnp.split(image_tokens, len(cameras)),
+        gemma.embed(config.paligemma, paligemma["llm"], observation.tokenized_prompt, dtype),
     ]
-    valid = None
-    if observation.image_masks is not None or observation.tokenized_prompt_mask is not None:
-        masks = (
-            dict.fromkeys(cameras, jnp.ones(batch, bool))
-            if observation.image_masks is None
-            else observation.image_masks
-        )
-        prompt = observation.tokenized_prompt_mask
-        prompt = jnp.ones(observation.tokenized_prompt.shape, bool) if prompt is None else prompt
-        valid = [
-            *(
-                jnp.broadcast_to(masks[camera][:, None], (batch, encoded.shape[1]))
-                for camera in cameras
-            ),
-            prompt,
-        ]
     if config.is_pi05 and config.continuous_state_token:
         tokens.append(dense(params["state_proj"], observation.state)[:, None].astype(dtype))
-        if valid is not None:
-            valid.append(jnp.ones((batch, 1), bool))
-    return jnp.concatenate(tokens, axis=1), None if valid is None else jnp.concatenate(
-        valid, axis=1
-    )
+    prefix_tokens = jnp.concatenate(tokens, axis=1)
+    num_patches, num_tokens = image_tokens.shape[1], prefix_tokens.shape[1]
+    return prefix_tokens, make_prefix_mask(observation, num_patches, num_tokens)
 
 
-def time_condition(params: dict, time: jax.Array, width: int) -> jax.Array:
-    """What Pi0.5's adaptive norms are given of time [b], float32 [b, width]."""
-    hidden = jax.nn.swish(dense(params["time_mlp_in"], time_embedding(time, width)))
+def make_prefix_mask(
+    observation: Observation, num_patches: int, num_tokens: int
+) -> Bool[Array, "b {num_tokens}"] | None:
+    """Return the prefix's input_mask: False for missing images and padding; None without any."""
+    if observation.image_masks is None and observation.tokenized_prompt_mask is None:
+        return None
+    batch = len(observation.tokenized_prompt)
+    masks = []
+    for camera in sorted(observation.images):
+        image_masks = observation.image_masks
+        image_mask = jnp.ones(batch, bool) if image_masks is None else image_masks[camera]
+        masks.append(jnp.broadcast_to(image_mask[:, None], (batch, num_patches)))
+    prompt_mask = observation.tokenized_prompt_mask
+    if prompt_mask is None:
+        prompt_mask = jnp.ones(observation.tokenized_prompt.shape, bool)
+    masks.append(prompt_mask)
+    # The state token, if there is one, is always there.
+    state_tokens = num_tokens - sum(mask.shape[1] for mask in masks)
+    return jnp.concatenate([*masks, jnp.ones((batch, state_tokens), bool)], axis=1)
+
+
+def make_adarms_cond(params: dict, time: Float[Array, " b"], dim: int) -> Float[Array, "b {dim}"]:
+    """Return what Pi0.5's adaptive norms are given of time, float32."""
+    hidden = jax.nn.swish(dense(params["time_mlp_in"], posemb_sincos(time, dim)))
     return jax.nn.swish(dense(params["time_mlp_out"], hidden))
 
 
 def embed_suffix(
-    config: Pi0Config, params: dict, state: jax.Array, noisy_actions: jax.Array, time: jax.Array
-):
-    """Embed noisy actions [b, horizon, action_dim] at time [b].
+    config: Pi0Config,
+    params: dict,
+    state: Float[Array, "b ad"],
+    x_t: Actions,
+    time: Float[Array, " b"],
+) -> tuple[Float[Array, "b n d"], Bool[Array, " n"], Float[Array, "b d"] | None]:
+    """Embed the noisy actions x_t; in Pi0 with the state before them and time mixed in.
 
     Returns:
-        (tokens [b, n, width of the expert], opens_block bool [n], condition [b, width] or None).
+        (tokens, ar_mask, adarms_cond, which is None for Pi0); d is the width of the action expert.
     """
-    dtype = jnp.dtype(config.dtype)
-    actions = dense(params["action_in_proj"], noisy_actions)
-    first = [True] + [False] * (config.action_horizon - 1)
+    dtype, dim = jnp.dtype(config.dtype), config.action_expert.width
+    action_tokens = dense(params["action_in_proj"], x_t)
+    ar_mask = [True] + [False] * (config.action_horizon - 1)
     if config.is_pi05:
-        return (
-            actions.astype(dtype),
-            jnp.array(first),
-            time_condition(params, time, config.action_expert.width),
-        )
-    times = time_embedding(time, config.action_expert.width)
-    both = jnp.concatenate([actions, jnp.broadcast_to(times[:, None], actions.shape)], axis=-1)
-    mixed = dense(
-        params["action_time_mlp_out"], jax.nn.swish(dense(params["action_time_mlp_in"], both))
-    )
-    own = dense(params["state_proj"], state)[:, None]
-    return jnp.concatenate([own, mixed], axis=1).astype(dtype), jnp.array([True, *first]), None
+        adarms_cond = make_adarms_cond(params, time, dim)
+        return action_tokens.astype(dtype), jnp.array(ar_mask), adarms_cond
+    time_tokens = jnp.broadcast_to(posemb_sincos(time, dim)[:, None], action_tokens.shape)
+    hidden = jnp.concatenate([action_tokens, time_tokens], axis=-1)
+    hidden = jax.nn.swish(dense(params["action_time_mlp_in"], hidden))
+    action_time_tokens = dense(params["action_time_mlp_out"], hidden)
+    state_token = dense(params["state_proj"], state)[:, None]
+    tokens = jnp.concatenate([state_token, action_time_tokens], axis=1)
+    return tokens.astype(dtype), jnp.array([True, *ar_mask]), None
 
 
-def velocity(config: Pi0Config, params: dict, suffix_out: jax.Array) -> jax.Array:
-    """Read the velocity [b, horizon, action_dim], float32, off the expert's outputs."""
-    return dense(
-        params["action_out_proj"], suffix_out[:, -config.action_horizon :].astype(jnp.float32)
-    )
+def predict_v_t(
+    config: Pi0Config, params: dict, suffix_out: Float[Array, "b n d"]
+) -> Float[Array, "b ah ad"]:
+    """Read v_t, float32, off the action expert's outputs for the suffix."""
+    action_out = suffix_out[:, -config.action_horizon :].astype(jnp.float32)
+    return dense(params["action_out_proj"], action_out)
 
 
-def positions_of(valid: jax.Array) -> jax.Array:
-    """Number the tokens, padding not counted, int32 [b, n]."""
-    return jnp.cumsum(valid, axis=1) - 1
+def add_noise(
+    actions: Actions, noise: Actions, time: Float[Array, " b"]
+) -> tuple[Actions, Actions]:
+    """Return x_t, the noisy actions at `time`, and u_t, the velocity that v_t should be."""
+    time_expanded = time[:, None, None]
+    return time_expanded * noise + (1 - time_expanded) * actions, noise - actions
 
 
 def flow_loss(
     config: Pi0Config,
     params: dict,
     observation: Observation,
-    actions: jax.Array,
-    noise: jax.Array,
-    time: jax.Array,
-):
-    """Mean square error of the velocity at given noise and time.
+    actions: Actions,
+    noise: Actions,
+    time: Float[Array, " b"],
+) -> Float[Array, "b ah"]:
+    """Mean square error of v_t at given noise and time, float32.
 
     Args:
-        actions, noise: float32 [b, horizon, action_dim].
-        time: float32 [b] in (0, 1].
+        time: in (0, 1].
 
     Returns:
-        float32 [b, horizon], the mean over all action dimensions, padding included.
+        the mean over all action dimensions, padding included.
     """
-    at = time[:, None, None]
-    noisy, target = at * noise + (1 - at) * actions, noise - actions
-    prefix, prefix_valid = embed_prefix(config, params, observation)
-    suffix, opens_block, condition = embed_suffix(config, params, observation.state, noisy, time)
-    prefix_valid = jnp.ones(prefix.shape[:2], bool) if prefix_valid is None else prefix_valid
-    valid = jnp.concatenate([prefix_valid, jnp.ones(suffix.shape[:2], bool)], axis=1)
-    mask = attention_mask(valid, jnp.concatenate([jnp.zeros(prefix.shape[1], bool), opens_block]))
-    _, suffix_out = gemma.run(
+    x_t, u_t = add_noise(actions, noise, time)
+    prefix_tokens, prefix_mask = embed_prefix(config, params, observation)
+    suffix_tokens, suffix_ar_mask, adarms_cond = embed_suffix(
+        config, params, observation.state, x_t, time
+    )
+    if prefix_mask is None:
+        prefix_mask = jnp.ones(prefix_tokens.shape[:2], bool)
+    suffix_mask = jnp.ones(suffix_tokens.shape[:2], bool)
+    input_mask = jnp.concatenate([prefix_mask, suffix_mask], axis=1)
+    prefix_ar_mask = jnp.zeros(prefix_tokens.shape[1], bool)
+    ar_mask = jnp.concatenate([prefix_ar_mask, suffix_ar_mask])
+    _, suffix_out = gemma.forward(
         (config.paligemma, config.action_expert),
         params["PaliGemma"]["llm"],
-        [prefix, suffix],
-        [None, condition],
-        positions_of(valid),
-        mask,
+        [prefix_tokens, suffix_tokens],
+        [None, adarms_cond],
+        make_positions(input_mask),
+        make_attn_mask(input_mask, ar_mask),
         remat=config.remat,
     )
-    return jnp.mean(jnp.square(velocity(config, params, suffix_out) - target), axis=-1)
+    v_t = predict_v_t(config, params, suffix_out)
+    return jnp.mean(jnp.square(v_t - u_t), axis=-1)
 
 
 def compute_loss(
@@ -184,66 +220,65 @@ def compute_loss(
     params: dict,
     key: jax.Array,
     observation: Observation,
-    actions: jax.Array,
+    actions: Actions,
     num_noise_samples: int = 1,
-) -> jax.Array:
-    """`flow_loss` at noise and time drawn from `key`, the same that openpi draws: time is Beta(1.5, 1) * 0.999 + 0.001.
+) -> Float[Array, "b ah"]:
+    """`flow_loss` at noise and time drawn from `key`, the same that openpi draws.
 
-    With several `num_noise_samples` a sample, ours, the loss is their mean, and pictures and prompt are read once for all of them.
+    Time is Beta(1.5, 1) * 0.999 + 0.001.
+
+    Args:
+        num_noise_samples: draws per sample, of which the loss is the mean; images and prompt are
+            encoded once for all of them. openpi draws once.
     """
-    _, noise_key, time_key = jax.random.split(key, 3)  # the first is that of openpi's augmentation
-    several = () if num_noise_samples == 1 else (num_noise_samples,)
-    noise = jax.random.normal(noise_key, (*several, *actions.shape))
-    time = jax.random.beta(time_key, 1.5, 1, (*several, *actions.shape[:1])) * 0.999 + 0.001
-    if several:
-        return flow_losses(config, params, observation, actions, noise, time).mean(axis=0)
-    return flow_loss(config, params, observation, actions, noise, time)
+    # The first of the three is that of openpi's augmentation.
+    _, noise_key, time_key = jax.random.split(key, 3)
+    draws = () if num_noise_samples == 1 else (num_noise_samples,)
+    noise = jax.random.normal(noise_key, (*draws, *actions.shape))
+    time = jax.random.beta(time_key, 1.5, 1, (*draws, *actions.shape[:1])) * 0.999 + 0.001
+    if num_noise_samples == 1:
+        return flow_loss(config, params, observation, actions, noise, time)
+    losses = flow_loss_shared_prefix(config, params, observation, actions, noise, time)
+    return losses.mean(axis=0)
 
 
-def flow_losses(
+def flow_loss_shared_prefix(
     config: Pi0Config,
     params: dict,
     observation: Observation,
-    actions: jax.Array,
-    noise: jax.Array,
-    time: jax.Array,
-):
-    """`flow_loss` of several draws of noise [k, b, horizon, action_dim] and time [k, b], float32 [k, b, horizon].
+    actions: Actions,
+    noise: Float[Array, "k b ah ad"],
+    time: Float[Array, "k b"],
+) -> Float[Array, "k b ah"]:
+    """`flow_loss` of k draws of noise and time.
 
-    Pictures and prompt go through PaliGemma once. Its layers are unrolled: this is for small models.
+    Images and prompt go through PaliGemma once. Its layers are unrolled: this is for small models.
     """
-    prefix, valid = embed_prefix(config, params, observation)
-    valid = jnp.ones(prefix.shape[:2], bool) if valid is None else valid
-    mask, positions = attention_mask(valid, jnp.zeros(prefix.shape[1], bool)), positions_of(valid)
-    llm, towers = params["PaliGemma"]["llm"], (config.paligemma, config.action_expert)
-    layers, tokens, caches = unstack(llm["layers"]), [prefix], []
+    prefix_tokens, prefix_mask = embed_prefix(config, params, observation)
+    if prefix_mask is None:
+        prefix_mask = jnp.ones(prefix_tokens.shape[:2], bool)
+    attn_mask = make_attn_mask(prefix_mask, jnp.zeros(prefix_tokens.shape[1], bool))
+    positions = make_positions(prefix_mask)
+    llm, experts = params["PaliGemma"]["llm"], (config.paligemma, config.action_expert)
+    layers, tokens, kv_caches = unstack(llm["layers"]), [prefix_tokens], []
     for layer in layers:
-        tokens, cache = gemma.layer(towers[:1], layer, tokens, [None], positions, mask)
-        caches.append(cache)
+        tokens, kv_cache = gemma.block(experts[:1], layer, tokens, [None], positions, attn_mask)
+        kv_caches.append(kv_cache)
 
     def loss(noise, time):
-        at = time[:, None, None]
-        suffix, opens_block, condition = embed_suffix(
-            config, params, observation.state, at * noise + (1 - at) * actions, time
+        x_t, u_t = add_noise(actions, noise, time)
+        suffix_tokens, ar_mask, adarms_cond = embed_suffix(
+            config, params, observation.state, x_t, time
         )
-        own = attention_mask(None, opens_block)
-        seen = [
-            jnp.broadcast_to(part, (len(valid), own.shape[1], part.shape[-1]))
-            for part in (valid[:, None], own)
-        ]
-        places = valid.sum(axis=1)[:, None] + jnp.arange(suffix.shape[1])
-        both = [None, suffix]
-        for layer, cache in zip(layers, caches, strict=True):
-            both, _ = gemma.layer(
-                towers,
-                layer,
-                both,
-                [None, condition],
-                places,
-                jnp.concatenate(seen, axis=-1),
-                cache,
+        attn_mask = make_suffix_attn_mask(prefix_mask, ar_mask)
+        positions = prefix_mask.sum(axis=1)[:, None] + jnp.arange(suffix_tokens.shape[1])
+        tokens = [None, suffix_tokens]
+        for layer, kv_cache in zip(layers, kv_caches, strict=True):
+            tokens, _ = gemma.block(
+                experts, layer, tokens, [None, adarms_cond], positions, attn_mask, kv_cache
             )
-        out, _ = gemma.rms_norm(llm["final_norm_1"], both[1], condition)
-        return jnp.mean(jnp.square(velocity(config, params, out) - (noise - actions)), axis=-1)
+        suffix_out, _ = gemma.rms_norm(llm["final_norm_1"], tokens[1], adarms_cond)
+        v_t = predict_v_t(config, params, suffix_out)
+        return jnp.mean(jnp.square(v_t - u_t), axis=-1)
 
     return jax.vmap(loss)(noise, time)

@@ -1,10 +1,14 @@
-"""Prompts as tokens: openpi's wording, with PaliGemma's SentencePiece model or a small one trained from the tasks' prompts."""
+"""Prompts as tokens, in openpi's wording.
+
+The tokenizer is PaliGemma's SentencePiece model, or a small one trained from the tasks' prompts.
+"""
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int32
 
 from demo2eval.errors import UserError
 
@@ -17,8 +21,8 @@ def clean(prompt: str) -> str:
     return prompt.strip().replace("_", " ").replace("\n", " ")
 
 
-def discretize(state: np.ndarray) -> np.ndarray:
-    """Return the bin of each normalised state value: 0..255 over [-1, 1], -1 below, 255 above."""
+def discretize(state: Float[np.ndarray, "*b s"]) -> Int[np.ndarray, "*b s"]:
+    """Return the bin of each normalized state value: 0..255 over [-1, 1], -1 below, 255 above."""
     return np.digitize(state, np.linspace(-1, 1, STATE_BINS + 1)[:-1]) - 1
 
 
@@ -26,10 +30,10 @@ class Tokenizer:
     """A SentencePiece model with openpi's way of writing a prompt."""
 
     def __init__(self, model: bytes):
-        """Take the bytes of a SentencePiece model.
+        """Load a SentencePiece model from its bytes.
 
         Raises:
-            UserError: if they are none.
+            UserError: if they are no such model.
         """
         import sentencepiece
 
@@ -38,7 +42,8 @@ class Tokenizer:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise UserError(
-                f"this is not a SentencePiece model ({error}); set model.tokenizer to paligemma_tokenizer.model."
+                f"this is not a SentencePiece model ({error}); "
+                "set model.tokenizer to paligemma_tokenizer.model."
             ) from error
 
     @classmethod
@@ -48,14 +53,16 @@ class Tokenizer:
             return cls(Path(path).read_bytes())
         except FileNotFoundError:
             raise UserError(
-                f"the tokenizer {path} does not exist; set model.tokenizer to PaliGemma's SentencePiece model."
+                f"the tokenizer {path} does not exist; "
+                "set model.tokenizer to PaliGemma's SentencePiece model."
             ) from None
 
     @classmethod
     def train(cls, prompts: Sequence[str], with_state: bool) -> "Tokenizer":
-        """Train a small model that knows the prompts' words and, with `with_state`, every number that a state can hold.
+        """Train a small model that knows the prompts' words; the same prompts give the same model.
 
-        The same prompts give the same model.
+        Args:
+            with_state: whether it also knows every number that a discretized state can hold.
         """
         import sentencepiece
 
@@ -111,16 +118,16 @@ class Tokenizer:
         ]
 
     def tokenize(
-        self, prompt: str, state: np.ndarray | None, max_len: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenise a prompt.
+        self, prompt: str, state: Float[np.ndarray, " s"] | None, max_len: int
+    ) -> tuple[Int32[np.ndarray, " {max_len}"], Bool[np.ndarray, " {max_len}"]]:
+        """Tokenize a prompt.
 
         Args:
-            state: normalised, unpadded, [S], to be written into the prompt; None for the prompt alone.
+            state: normalized and unpadded, to be written into the prompt; None: the prompt alone.
             max_len: length to pad to with 0; what is longer is cut at its tail.
 
         Returns:
-            (tokens int32 [max_len], mask bool [max_len]).
+            (tokens, mask, which is False for padding).
         """
         tokens = self._tokens(prompt, state)[:max_len]
         padded = np.zeros(max_len, np.int32)
@@ -128,7 +135,11 @@ class Tokenizer:
         return padded, np.arange(max_len) < len(tokens)
 
     def needed_length(self, prompts: Sequence[str], state_dim: int | None) -> int:
-        """Return the length that suffices for the prompts, with any state of `state_dim` values or (None) without state."""
+        """Return the length that suffices for the prompts.
+
+        Args:
+            state_dim: dim of the state that is written into the prompt; None: no state is.
+        """
         if state_dim is None:
             return max(len(self._tokens(prompt, None)) for prompt in prompts)
         longest = max(

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from demo2eval.checkpoints.policy_metadata import PolicyDescription
+from demo2eval.checkpoints.policy_metadata import PolicyMetadata
 from demo2eval.cli import run
 from demo2eval.config import Actions, Dataset, Model, Replay
 from demo2eval.errors import UserError
@@ -76,7 +76,7 @@ def init_checkpoint(
         overrides = model_overrides(
             model, actions, prompt, tokenizer, stats["state"].mean.shape[-1]
         )
-        policy = PolicyDescription(
+        policy = PolicyMetadata(
             variant=model.variant,
             model_overrides=overrides,
             asset_id=f"maniskill/{task}",
@@ -84,11 +84,11 @@ def init_checkpoint(
             robot=robot,
             prompt=prompt,
             cameras={**replay.cameras},
-            image_size_rendered=replay.image_size,
+            image_size=replay.image_size,
             state=dataset.state,
             control_mode=replay.control_mode,
             delta_action_mask=delta_action_mask(replay.control_mode, actions.delta),
-            action_width=stats["actions"].mean.shape[-1],
+            action_dim=stats["actions"].mean.shape[-1],
             use_quantiles=make_config(model.variant, **overrides).is_pi05,
         )
         shutil.rmtree(job.partial)
@@ -182,7 +182,8 @@ def add_lora(weights: Path, seed: int, config: Pi0Config, folder: Path) -> None:
     """Put fresh low-rank factors beside base weights that have none, as openpi does."""
     import jax
 
-    from demo2eval.checkpoints.openpi import check_params, load_params, save_params
+    from demo2eval.checkpoints.mismatch import check_params
+    from demo2eval.checkpoints.openpi import load_params, save_params
     from demo2eval.pi0.params import flatten, init_params, unflatten
 
     def init_factors(key: jax.Array) -> dict:

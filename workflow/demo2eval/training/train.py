@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from demo2eval.checkpoints.policy_metadata import read_description
+from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.cli import run
 from demo2eval.config import Actions, Training
 from demo2eval.errors import UserError
@@ -56,10 +56,9 @@ def batch_loss(
     import jax
     import jax.numpy as jnp
 
-    from demo2eval.pi0 import transforms
     from demo2eval.pi0.model import Observation, compute_loss
     from demo2eval.pi0.params import unflatten
-    from demo2eval.training.augmentation import random_shift
+    from demo2eval.training.augmentation import augment, random_shift
 
     augment_key, loss_key = jax.random.split(key)
     images = batch["images"]
@@ -69,7 +68,7 @@ def batch_loss(
         camera: image.astype(jnp.float32) / 255.0 * 2.0 - 1.0 for camera, image in images.items()
     }
     if training.augment:
-        images = transforms.augment(augment_key, images)
+        images = augment(augment_key, images)
     observation = Observation(
         images=images,
         state=batch["state"],
@@ -235,7 +234,7 @@ def _train(
             f"{previous} is of step {steps.start}, not before {step}; give the checkpoint before."
         )
     source, folder = previous.with_suffix(""), job.output.with_suffix("")
-    config = read_description(source).config
+    config = read_policy_metadata(source).config
     schedule = make_schedule(
         training.warmup_steps, training.peak_lr, training.decay_steps, training.decay_lr
     )

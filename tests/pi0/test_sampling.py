@@ -1,0 +1,23 @@
+"""Sampling must integrate the flow that is trained."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from small_model import CONFIG, random_params
+
+from demo2eval.pi0 import model, sampling
+
+
+def test_sampling_integrates_the_flow_that_is_trained():
+    """One Euler step from noise is noise minus v_t at time 1, and `flow_loss` is its error."""
+    params = random_params(CONFIG)
+    observation = model.Observation(
+        images={"base_0_rgb": jnp.zeros((1, 32, 32, 3))},
+        state=jnp.ones((1, CONFIG.action_dim)),
+        tokenized_prompt=jnp.array([[2, 7]]),
+        tokenized_prompt_mask=jnp.ones((1, 2), bool),
+    )
+    noise = jax.random.normal(jax.random.key(3), (1, CONFIG.action_horizon, CONFIG.action_dim))
+    actions = sampling.sample_actions(CONFIG, params, observation, noise, num_steps=1)
+    loss = model.flow_loss(CONFIG, params, observation, actions, noise, jnp.ones(1))
+    np.testing.assert_allclose(loss, 0, atol=1e-9)
