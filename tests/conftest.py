@@ -20,6 +20,8 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
+SIMULATED = {"pushcube_replay", "pushcube_shards", "pushcube_dataset", "pushcube_run"}
+"""Fixtures that need the simulator, and so the tests that use them."""
 TASKS = (
     "StackCube-v1",
     "PickCube-v1",
@@ -40,7 +42,10 @@ def find_task(name: str):
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Begin with the whole chain: it takes longest, and would otherwise run alone at the end."""
+    """Mark what needs the simulator, and begin with the whole chain, which takes longest."""
+    for item in items:
+        if SIMULATED & set(item.fixturenames):
+            item.add_marker("simulator")
     items.sort(key=lambda item: "test_workflow" not in item.nodeid)
 
 
