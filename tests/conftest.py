@@ -20,7 +20,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
-SIMULATED = {"pushcube_replay", "pushcube_shards", "pushcube_dataset", "pushcube_run"}
+SIMULATED = {"pushcube_replay", "pushcube_shards", "pushcube_run", "stack"}
 """Fixtures that need the simulator, and so the tests that use them."""
 TASKS = (
     "StackCube-v1",
