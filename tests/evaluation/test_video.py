@@ -1,7 +1,6 @@
 """The video of episodes: what its frames show, and that players can read it."""
 
 import numpy as np
-import pytest
 
 from demo2eval.evaluation.video import (
     BORDER,
@@ -15,8 +14,6 @@ from demo2eval.evaluation.video import (
 )
 from demo2eval.evaluation.workers import FRAME_SIZE, EpisodeResult
 from demo2eval.maniskill.env import CONTROL_FREQUENCY
-
-pytestmark = pytest.mark.simulator
 
 LENGTH = 6
 

@@ -31,8 +31,8 @@ from pydantic import (
 )
 
 from demo2eval.errors import UserError
-from demo2eval.maniskill.robots import CAMERAS, Robot
 from demo2eval.pi0.config import Pi0Config, make_config
+from demo2eval.robots import CAMERAS, Robot
 
 SHARD_SEEDS = 100_000
 MAX_SEED = 2**31 - 1
