@@ -159,8 +159,8 @@ def _replace(config, key: str, value):
             value = TypeAdapter(type(current)).validate_python(value)
         except ValidationError:
             raise UserError(
-                f"model.overrides has {value!r} for {name!r}; it should be a {type(current).__name__}, "
-                f"such as {current!r}."
+                f"model.overrides has {value!r} for {name!r}; it should be of type "
+                f"{type(current).__name__}, such as {current!r}."
             ) from None
     return dataclasses.replace(config, **{name: value})
 
