@@ -9,7 +9,7 @@ Out: success.csv, success.png and milestones.csv as they are;
      provenance.json, which leads from a checkpoint in success.csv to the seeds of the demos.
 
 provenance.json holds the outputs of each stage by path. An output names its inputs by path and
-digest, so the way from rollouts to demos is: rollout, train_segment, training_cache, dataset,
+digest, so the way from rollouts to demos is: rollout, train, image_cache, dataset,
 replay, plan. What all outputs of a stage share stands once, above them. Files appear as a count
 and their bytes, seeds as ranges. Copy a video by hand where a page shows it.
 """

@@ -112,7 +112,7 @@ def sum_facts(manifests: list[dict], name: str) -> int | None:
 
 
 def read_stages(results: Path, run: str) -> list[Stage]:
-    """Return the stages of a run from its demos to its training caches, as far as they exist.
+    """Return the stages of a run from its demos to its image caches, as far as they exist.
 
     Raises:
         UserError: if the run has no norm stats, or one of their inputs is gone.
@@ -122,10 +122,10 @@ def read_stages(results: Path, run: str) -> list[Stage]:
     (dataset,) = read_inputs([norm_stats], "dataset", base)
     replays = read_inputs([dataset], "replays", base)
     plans = read_inputs(replays, "demos", base)
-    num_cameras = len(dataset["settings"]["cameras"])
+    num_cameras = len(dataset["metadata"]["cameras"])
     episodes, frames = dataset["metadata"]["episodes"], dataset["metadata"]["frames"]
-    images = dataset["metadata"]["pictures"] * num_cameras
-    planned, replayed = (sum_facts(shards, "demonstrations") for shards in (plans, replays))
+    images = dataset["metadata"]["images"] * num_cameras
+    planned, replayed = (sum_facts(shards, "demos") for shards in (plans, replays))
     attempts, rows = sum_facts(plans, "attempts"), norm_stats["metadata"]["rows"]
     stages = [
         Stage(plans[0]["stage"], plans, (planned or 0, "demos"), planned, attempts),
@@ -133,11 +133,11 @@ def read_stages(results: Path, run: str) -> list[Stage]:
         Stage("dataset", [dataset], (frames, "frames"), episodes, frames=frames, images=images),
         Stage("norm_stats", [norm_stats], (rows, "rows"), episodes, frames=frames),
     ]
-    for path in sorted(results.glob("caches/*/manifest.json")):
+    for path in sorted(results.glob("image_caches/*/manifest.json")):
         cache = read_manifest(path)
         if cache["inputs"]["dataset"][0]["digest"] == dataset["digest"]:
-            cached = cache["metadata"]["looks"] * num_cameras
-            name = f"training_cache, {cache['settings']['image_size']} px"
+            cached = cache["metadata"]["samples"] * num_cameras
+            name = f"image_cache, {cache['settings']['image_size']} px"
             rate = (cached, "images")
             stages.append(Stage(name, [cache], rate, episodes, frames=frames, images=cached))
     return stages

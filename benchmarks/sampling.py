@@ -1,10 +1,12 @@
-"""How long a look takes: ten flow steps of a full-size model with random weights, beside openpi's own code if a checkout is given.
+"""Inference latency: ten Euler steps of a full-size model with random weights, ours and openpi's.
 
     python benchmarks/sampling.py --openpi ../openpi
 
-Both get the same pictures, prompt and noise. openpi is measured as it stands (three cameras of which one is masked, the prompt padded to
-200 tokens) and with the masked camera and the padding left out. The floor is the time that the arithmetic or, if that is longer, the
-reading of the weights takes at the rates that this very device reaches in a large copy and in a large matrix product.
+Both get the same images, prompt and noise. openpi is measured if a checkout is given: as it stands
+(three cameras of which one is masked, the prompt padded to 200 tokens), and with the masked camera
+and the padding left out. The floor is the time that the arithmetic or, if that is longer, the
+reading of the weights takes at the rates that this very device reaches in a large copy and in a
+large matrix product.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 from demo2eval.pi0.config import Pi0Config, make_config
 from demo2eval.pi0.model import Observation
 from demo2eval.pi0.params import flatten, init_params, unflatten
-from demo2eval.pi0.sampling import compiler_options
+from demo2eval.pi0.sampling import compiler_options, fold_params, sample_folded
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 MASKED_CAMERA = "right_wrist_0_rgb"
@@ -42,7 +44,12 @@ def seconds_per_call(function, *arguments, seconds: float) -> float:
 
 
 def device_rates(seconds: float) -> tuple[float, float]:
-    """Return (bytes/s read and written in a large copy, operations/s of the fastest of some large bfloat16 products) of this device."""
+    """Return what this device reaches.
+
+    Returns:
+        (bytes/s read and written in a large copy, operations/s of the fastest of some large
+        bfloat16 matrix products).
+    """
     large = jax.default_backend() == "gpu"
     data = jax.random.normal(jax.random.key(0), (8192 if large else 512, 32768), jnp.float32)
     copy = seconds_per_call(jax.jit(lambda x: x + 1), data, seconds=seconds)
@@ -64,34 +71,34 @@ def device_rates(seconds: float) -> tuple[float, float]:
     return 2 * data.nbytes / copy, max(rates)
 
 
-def floor_of(
+def compute_floor(
     config: Pi0Config,
     batch: int,
     tokens: int,
-    steps: int,
+    num_steps: int,
     bytes_rate: float,
     operations_rate: float,
 ) -> dict:
-    """Return the least time of one call [s], part by part, in which weights are read once and each product is computed once.
+    """Return the least time of one policy call [s], of vision encoder and experts each.
 
-    The last layer of the prefix needs keys and values alone, and the modulation of the adaptive norms is known beforehand.
+    Weights are read once and each product is computed once. The last layer of the prefix needs keys
+    and values alone, and the modulation of the adaptive norms is known beforehand.
     """
     vision, language, expert = config.siglip, config.paligemma, config.action_expert
     cameras = batch * len(CAMERAS)
-    prefix = batch * (len(CAMERAS) * vision.tokens + tokens)
+    prefix = batch * (len(CAMERAS) * vision.num_patches + tokens)
     suffix = batch * (config.action_horizon + (0 if config.is_pi05 else 1))
 
-    def layer(tower):
-        heads = tower.num_heads * tower.head_dim
-        return tower.width * (
-            2 * heads + 2 * tower.num_kv_heads * tower.head_dim + 3 * tower.mlp_dim
-        )
+    def layer_weights(expert):
+        heads = expert.num_heads * expert.head_dim
+        kv_heads = expert.num_kv_heads * expert.head_dim
+        return expert.width * (2 * heads + 2 * kv_heads + 3 * expert.mlp_dim)
 
     vision_weights = vision.depth * (4 * vision.width**2 + 2 * vision.width * vision.mlp_dim)
-    language_weights = (language.depth - 1) * layer(language)
-    expert_weights = expert.depth * layer(expert)
+    language_weights = (language.depth - 1) * layer_weights(language)
+    expert_weights = expert.depth * layer_weights(expert)
     attention = {
-        "vision": 4 * cameras * vision.tokens**2 * vision.width * vision.depth,
+        "vision": 4 * cameras * vision.num_patches**2 * vision.width * vision.depth,
         "language": 4
         * prefix
         * (prefix // batch)
@@ -106,21 +113,21 @@ def floor_of(
         * expert.head_dim
         * expert.depth,
     }
-    parts = {
-        "vision": (vision_weights, cameras * vision.tokens, 1),
+    modules = {
+        "vision": (vision_weights, cameras * vision.num_patches, 1),
         "language": (language_weights, prefix, 1),
-        "expert": (expert_weights, suffix, steps),
+        "expert": (expert_weights, suffix, num_steps),
     }
     times = {}
-    for name, (weights, rows, times_run) in parts.items():
-        operations = times_run * (2 * weights * rows + attention[name])
-        read = times_run * 2 * weights
+    for name, (weights, rows, runs) in modules.items():
+        operations = runs * (2 * weights * rows + attention[name])
+        read = runs * 2 * weights
         times[name] = max(operations / operations_rate, read / bytes_rate)
     return times
 
 
 def random_inputs(config: Pi0Config, batch: int, tokens: int) -> tuple[Observation, jax.Array]:
-    """Return pictures uint8 as float32 in [-1, 1], a prompt of `tokens` and noise."""
+    """Return an observation with a prompt of `tokens`, and noise."""
     keys = jax.random.split(jax.random.key(3), 5)
     size = config.siglip.image_size
     images = {
@@ -139,14 +146,14 @@ def random_inputs(config: Pi0Config, batch: int, tokens: int) -> tuple[Observati
 
 
 def random_params(config: Pi0Config) -> dict:
-    """Return weights of bfloat16 in which no gate is shut, since fresh ones shut every adaptive norm."""
+    """Return bfloat16 weights, none of them zero, since fresh ones shut every adaptive norm."""
 
     def draw(key):
         flat = flatten(init_params(config, key))
         keys = jax.random.split(key, len(flat))
         noisy = {
-            name: value + 0.02 * jax.random.normal(one, value.shape)
-            for one, (name, value) in zip(keys, flat.items(), strict=True)
+            name: value + 0.02 * jax.random.normal(array_key, value.shape)
+            for array_key, (name, value) in zip(keys, flat.items(), strict=True)
         }
         return unflatten({name: value.astype(jnp.bfloat16) for name, value in noisy.items()})
 
@@ -154,14 +161,14 @@ def random_params(config: Pi0Config) -> dict:
 
 
 def measure_ours(
-    config: Pi0Config, params: dict, batch: int, tokens: int, steps: int, seconds: float
+    config: Pi0Config, params: dict, batch: int, tokens: int, num_steps: int, seconds: float
 ) -> tuple[dict, jax.Array]:
     """Return ({"compile": s, "call": s}, the actions)."""
     observation, noise = random_inputs(config, batch, tokens)
-    folded = jax.jit(partial(fold, config, num_steps=steps))(params)
+    folded = jax.jit(partial(fold_params, config, num_steps=num_steps))(params)
     started = time.perf_counter()
     compiled = (
-        jax.jit(partial(sample, config))
+        jax.jit(partial(sample_folded, config))
         .lower(folded, observation, noise)
         .compile(compiler_options(batch))
     )
@@ -171,11 +178,15 @@ def measure_ours(
 
 
 def import_openpi(checkout: Path):
-    """Import openpi's model from a checkout and return (model, pi0_config, gemma, array_typing); its PyTorch twin is not needed."""
+    """Import openpi's model from a checkout; its PyTorch twin is not needed.
+
+    Returns:
+        its modules (model, pi0_config, gemma, array_typing).
+    """
     sys.path.insert(0, str(checkout / "src"))
     twin = types.ModuleType("openpi.models_pytorch.pi0_pytorch")
     package = types.ModuleType("openpi.models_pytorch")
-    package.pi0_pytorch = twin
+    package.pi0_pytorch = twin  # pyright: ignore
     sys.modules |= {"openpi.models_pytorch": package, "openpi.models_pytorch.pi0_pytorch": twin}
     from openpi.models import gemma, model, pi0_config
     from openpi.shared import array_typing
@@ -189,20 +200,24 @@ def measure_openpi(
     params: dict,
     batch: int,
     tokens: int,
-    steps: int,
+    num_steps: int,
     seconds: float,
     *,
     trimmed: bool,
 ) -> tuple[dict, jax.Array]:
-    """The same as `measure_ours` with openpi's code; `trimmed` leaves out the masked camera and the padding of the prompt."""
+    """The same as `measure_ours` with openpi's code.
+
+    Args:
+        trimmed: leave out the masked camera and the padding of the prompt.
+    """
     from flax import nnx
 
     model, pi0_config, gemma, array_typing = import_openpi(checkout)
-    towers = {"gemma_2b": config.paligemma, "gemma_300m": config.action_expert}
+    experts = {"gemma_2b": config.paligemma, "gemma_300m": config.action_expert}
     gemma.get_config = lambda variant: gemma.Config(
         **{
             key: value
-            for key, value in dataclasses.asdict(towers[variant]).items()
+            for key, value in dataclasses.asdict(experts[variant]).items()
             if key != "lora"
         }
     )
@@ -219,7 +234,7 @@ def measure_openpi(
     images = dict(observation.images) | (
         {} if trimmed else {MASKED_CAMERA: jnp.zeros_like(observation.images[CAMERAS[0]])}
     )
-    seen = model.Observation(
+    observed = model.Observation(
         images=images,
         image_masks={name: jnp.full(batch, name != MASKED_CAMERA) for name in names},
         state=observation.state,
@@ -231,16 +246,17 @@ def measure_openpi(
     network = theirs.load(params)
     graph, state = nnx.split(network)
     function = jax.jit(
-        lambda state, key, seen, noise: nnx.merge(graph, state).sample_actions(
-            key, seen, num_steps=steps, noise=noise
+        lambda state, key, observed, noise: nnx.merge(graph, state).sample_actions(
+            key, observed, num_steps=num_steps, noise=noise
         )
     )
     started = time.perf_counter()
     with array_typing.disable_typechecking():
-        compiled = function.lower(state, jax.random.key(0), seen, noise).compile()
+        compiled = function.lower(state, jax.random.key(0), observed, noise).compile()
     compile_time = time.perf_counter() - started
-    call = seconds_per_call(compiled, state, jax.random.key(0), seen, noise, seconds=seconds)
-    return {"compile": compile_time, "call": call}, compiled(state, jax.random.key(0), seen, noise)
+    inputs = (state, jax.random.key(0), observed, noise)
+    call = seconds_per_call(compiled, *inputs, seconds=seconds)
+    return {"compile": compile_time, "call": call}, compiled(*inputs)
 
 
 def main() -> None:
@@ -255,34 +271,37 @@ def main() -> None:
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--tokens", type=int, default=24, help="tokens of the prompt")
-    parser.add_argument("--horizon", type=int, default=20, help="actions of a chunk")
-    parser.add_argument("--steps", type=int, default=10, help="flow steps")
+    parser.add_argument("--action-horizon", type=int, default=20, help="actions of a chunk")
+    parser.add_argument("--num-steps", type=int, default=10, help="Euler steps")
     parser.add_argument("--seconds", type=float, default=3.0, help="time to measure each case")
     parser.add_argument("--output", type=Path, help="JSON to write")
     arguments = parser.parse_args()
-    config = make_config(arguments.variant, action_horizon=arguments.horizon, **arguments.overrides)
-    work = (arguments.tokens, arguments.steps, arguments.seconds)
+    config = make_config(
+        arguments.variant, action_horizon=arguments.action_horizon, **arguments.overrides
+    )
+    settings = (arguments.tokens, arguments.num_steps, arguments.seconds)
     device = jax.devices()[0].device_kind
     bytes_rate, operations_rate = device_rates(arguments.seconds / 3)
     print(
-        f"{device}, jax {jax.__version__}: {bytes_rate / 1e12:.2f} TB/s, {operations_rate / 1e12:.0f} TFLOP/s",
+        f"{device}, jax {jax.__version__}: {bytes_rate / 1e12:.2f} TB/s, "
+        f"{operations_rate / 1e12:.0f} TFLOP/s",
         flush=True,
     )
     params = random_params(config)
     rows = []
     for batch in arguments.batch_sizes:
-        cases = {"demo2eval": lambda batch=batch: measure_ours(config, params, batch, *work)}
+        cases = {"demo2eval": lambda batch=batch: measure_ours(config, params, batch, *settings)}
         if arguments.openpi:
             for name, trimmed in (("openpi", False), ("openpi, trimmed", True)):
                 cases[name] = lambda batch=batch, trimmed=trimmed: measure_openpi(
-                    arguments.openpi, config, params, batch, *work, trimmed=trimmed
+                    arguments.openpi, config, params, batch, *settings, trimmed=trimmed
                 )
-        floor = floor_of(
-            config, batch, arguments.tokens, arguments.steps, bytes_rate, operations_rate
+        floor = compute_floor(
+            config, batch, arguments.tokens, arguments.num_steps, bytes_rate, operations_rate
         )
         print(
             f"batch {batch}: floor {sum(floor.values()) * 1e3:.1f} ms",
-            {part: f"{value * 1e3:.1f}" for part, value in floor.items()},
+            {name: f"{value * 1e3:.1f}" for name, value in floor.items()},
         )
         reference = None
         for name, case in cases.items():
@@ -301,7 +320,8 @@ def main() -> None:
                 | {"floor": sum(floor.values()), "largest_action": float(jnp.abs(actions).max())}
             )
             print(
-                f"  {name:16s} {times['call'] * 1e3:8.1f} ms  {row['observations_per_s']:7.1f} observations/s  "
+                f"  {name:16s} {times['call'] * 1e3:8.1f} ms  "
+                f"{row['observations_per_s']:7.1f} observations/s  "
                 f"compiled in {times['compile']:.0f} s  differs by {difference:.3f}",
                 flush=True,
             )

@@ -20,6 +20,8 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
+SIMULATED = {"pushcube_replay", "pushcube_shards", "pushcube_run", "stack"}
+"""Fixtures that need the simulator, and so the tests that use them."""
 TASKS = (
     "StackCube-v1",
     "PickCube-v1",
@@ -40,7 +42,10 @@ def find_task(name: str):
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Begin with the whole chain: it takes longest, and would otherwise run alone at the end."""
+    """Mark what needs the simulator, and begin with the whole chain, which takes longest."""
+    for item in items:
+        if SIMULATED & set(item.fixturenames):
+            item.add_marker("simulator")
     items.sort(key=lambda item: "test_workflow" not in item.nodeid)
 
 
@@ -109,7 +114,11 @@ def pushcube_shards(pushcube_replay, tmp_path_factory) -> list[Path]:
 def pushcube_run(pushcube_replay, tmp_path_factory) -> Path:
     """A run's folder: dataset, norm stats, image caches of two sizes, and checkpoint 0.
 
-    pi05_tiny takes images of 64 pixels; the images of cache_128 have yet to be resized.
+    <<<<<<< HEAD
+        pi05_tiny takes images of 64 pixels; the images of cache_128 have yet to be resized.
+    =======
+        The model of pi05_tiny takes 64-pixel images; those of cache_128 have yet to be resized.
+    >>>>>>> main
     """
     from demo2eval.config import Actions, Dataset, Model, Replay
     from demo2eval.data.dataset import build_dataset

@@ -187,6 +187,7 @@ def test_a_checkpoints_assets_say_everything(made, tmp_path):
         delta_action_mask=MASK,
         action_dim=8,
         use_quantiles=True,
+        robot="panda",
     )
     assets = tmp_path / "assets" / policy.asset_id
     assets.mkdir(parents=True)

@@ -13,6 +13,8 @@ from demo2eval.data.trajectory import read_trajectory_file
 from demo2eval.data.validate import validate_files
 from demo2eval.provenance import read_manifest
 
+pytestmark = pytest.mark.simulator
+
 ROOT = Path(__file__).resolve().parents[2]
 PLANNING_PYTHON = ROOT / "envs/planning/.venv/bin/python"
 

@@ -25,6 +25,8 @@ from demo2eval.errors import UserError
 from demo2eval.maniskill.env import get_observation, get_state, make_env, render_backend
 from demo2eval.provenance import read_manifest
 
+pytestmark = pytest.mark.simulator
+
 
 def read_demos(manifest: Path) -> list[Demo]:
     return read_trajectory_file(manifest.with_name("trajectory.h5")).demos

@@ -22,6 +22,8 @@ from demo2eval.evaluation.rollout import (
 from demo2eval.evaluation.workers import EpisodeResult, make_rollout_env, run_episode
 from demo2eval.provenance import read_manifest, run_stage, sha256_file
 
+pytestmark = pytest.mark.simulator
+
 TASK = find_task("PushCube-v1")
 EVALUATION = Evaluation(num_episodes=4, max_episode_steps=12, replan_steps=6, num_steps=2)
 

@@ -24,6 +24,8 @@ from demo2eval.evaluation.workers import FRAME_SIZE, EpisodeResult
 from demo2eval.maniskill.env import CONTROL_FREQUENCY
 from demo2eval.provenance import read_manifest, run_stage
 
+pytestmark = pytest.mark.simulator
+
 LENGTH = 6
 
 

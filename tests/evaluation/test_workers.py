@@ -154,6 +154,8 @@ KILLED_PARENT = """
 import multiprocessing, time
 from test_workers import SETTINGS, run_episodes
 
+pytestmark = pytest.mark.simulator
+
 def load_policy():
     return wait_for_the_kill
 

@@ -9,6 +9,8 @@ from demo2eval.errors import UserError
 from demo2eval.maniskill import env as env_module
 from demo2eval.maniskill.env import get_observation, get_state, make_env, render_backend
 
+pytestmark = pytest.mark.simulator
+
 
 def test_an_observation_is_maniskills_own_and_a_step_renders_nothing(monkeypatch):
     """PickCube's goal is hidden from the cameras, and in the state."""

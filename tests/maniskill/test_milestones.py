@@ -11,6 +11,8 @@ from demo2eval.data.trajectory import read_trajectory_file
 from demo2eval.maniskill.env import make_env
 from demo2eval.maniskill.milestones import NOTHING, MilestoneTracker
 
+pytestmark = pytest.mark.simulator
+
 
 def passed_milestones(task_name: str, demo) -> list[str]:
     """Execute a demonstration; return the furthest milestones, without repetition."""

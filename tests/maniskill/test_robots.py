@@ -13,6 +13,8 @@ from demo2eval.maniskill.robots import (
     delta_action_mask,
 )
 
+pytestmark = pytest.mark.simulator
+
 
 def test_differences_are_of_the_arm_and_not_of_the_gripper():
     assert delta_action_mask("pd_joint_pos", True) == [True] * 7 + [False]

@@ -40,9 +40,10 @@ def random_batch(config: Pi0Config) -> tuple[model.Observation, jax.Array, jax.A
         tokenized_prompt=jnp.array([[2, 7, 9, 0], [2, 8, 9, 11]]),
         tokenized_prompt_mask=jnp.array([[True, True, True, False], [True] * 4]),
     )
-    return observation, *(
+    actions, noise = (
         jax.random.normal(key, (2, config.action_horizon, config.action_dim)) for key in keys[2:4]
     )
+    return observation, actions, noise
 
 
 def with_lora(config: Pi0Config) -> Pi0Config:

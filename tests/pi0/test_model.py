@@ -26,7 +26,7 @@ def test_scanned_layers_equal_unrolled_ones(monkeypatch):
     params = random_params(CONFIG)
     unrolled = flow_loss(CONFIG, params)
     monkeypatch.setattr(layers, "UNROLLED_DEPTH", 0)
-    flow_loss.clear_cache()
+    flow_loss.clear_cache()  # pyright: ignore
     np.testing.assert_allclose(flow_loss(CONFIG, params), unrolled, rtol=1e-5)
 
 

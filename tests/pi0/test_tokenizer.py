@@ -36,5 +36,7 @@ def test_a_missing_and_another_file_are_a_sentence(tmp_path):
     ):
         Tokenizer.from_file(file)
     file.write_text("{}")
-    with pytest.raises(UserError, match="^this is not a SentencePiece model .*set model.tokenizer"):
+    with pytest.raises(
+        UserError, match=r"^this is not a SentencePiece model .*set model.tokenizer"
+    ):
         Tokenizer.from_file(file)

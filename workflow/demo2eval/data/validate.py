@@ -47,7 +47,7 @@ from demo2eval.provenance import read_manifest, sha256_file
 TOLERANCE = 1e-3
 ISSUES_SHOWN = 20
 PIXEL_STRIDE = 61
-"""Every so manieth pixel tells almost every image from one of a single color."""
+"""Every 61st pixel tells almost every image from one of a single color."""
 
 
 @dataclass(frozen=True)
@@ -301,8 +301,8 @@ def _action_issues(actions: np.ndarray, control_mode: str) -> Iterator[str]:
         yield f"its actions are not finite at step {step}"
     elif control_mode == "pd_joint_pos":
         yield from _joint_target_issues(actions)
-    elif dim is not None and np.abs(actions).max(initial=0) > 1 + TOLERANCE:
-        yield f"its actions reach {np.abs(actions).max():.3g}, outside [-1, 1] of {control_mode}"
+    elif dim is not None and (largest := np.abs(actions).max(initial=0)) > 1 + TOLERANCE:
+        yield f"its actions reach {largest:.3g}, outside the [-1, 1] of {control_mode}"
 
 
 def _joint_target_issues(actions: np.ndarray) -> Iterator[str]:

@@ -136,8 +136,8 @@ def count_milestones(episodes: "pd.DataFrame", names: list[str]) -> list[dict]:
         rows.append(
             {
                 "milestone": name,
-                "came_so_far": int((furthest >= index).sum()),
-                "and_no_further": len(nearest),
+                "reached": int((furthest >= index).sum()),
+                "stopped": len(nearest),
                 "median_nearest_mm": round(float(nearest.median()), 1) if len(nearest) else None,
             }
         )

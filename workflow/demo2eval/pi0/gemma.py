@@ -18,7 +18,7 @@ ROPE_BASE = 10_000
 
 Keys = Float[Array, "b n kv_heads head_dim"]
 Values = Float[Array, "b n kv_heads head_dim"]
-KVCache = tuple[Keys, Values]
+KVCache = tuple[Float[Array, "b _ kv_heads head_dim"], Float[Array, "b _ kv_heads head_dim"]]
 
 
 def rms_norm(
@@ -152,7 +152,7 @@ def block(
     tokens: Sequence[Float[Array, "b _ _"] | None],
     adarms_cond: Sequence[Float[Array, "b _"] | None],
     positions: Int[Array, "#b n"],
-    attn_mask: Bool[Array, "#b n seen"] | None,
+    attn_mask: Bool[Array, "#b n m"] | None,
     kv_cache: KVCache | None = None,
     cache_offset: int | None = None,
 ) -> tuple[list, KVCache]:
@@ -162,7 +162,7 @@ def block(
         params: the layer's parameters, of all experts.
         tokens: of each expert, n in all; or None for an expert without tokens.
         adarms_cond: of each expert, or None where norms are plain.
-        attn_mask: which of the `seen` tokens, those of the cache included, each token attends to.
+        attn_mask: which of the m tokens, those of the cache included, each token attends to.
         kv_cache: keys and values of tokens that were computed before.
         cache_offset: where in the cache this call's keys and values are written; None: they are
             appended to it.

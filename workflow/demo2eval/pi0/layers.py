@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 UNROLLED_DEPTH = 6
 
 
-def dense(params: dict, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+def dense(params: dict, x: Float[Array | np.ndarray, "*b i"]) -> Float[Array, "*b o"]:
     """x @ kernel + bias in x's dtype."""
     return x @ params["kernel"].astype(x.dtype) + params["bias"].astype(x.dtype)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from demo2eval.pi0 import gemma, siglip
@@ -19,7 +20,8 @@ from demo2eval.pi0.layers import dense, unstack
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
 
-Actions = Float[Array, "b ah ad"]
+Actions = Float[Array | np.ndarray, "b ah ad"]
+Time = Float[Array | np.ndarray, " b"]
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +44,7 @@ class Observation:
     image_masks: dict[str, Bool[Array, " b"]] | None = None
 
 
-def posemb_sincos(time: Float[Array, " b"], dim: int) -> Float[Array, "b {dim}"]:
+def posemb_sincos(time: Time, dim: int) -> Float[Array, "b {dim}"]:
     """Sines and cosines of time with periods from 4e-3 to 4, geometrically spaced, float32."""
     period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** jnp.linspace(0.0, 1.0, dim // 2)
     angle = time[:, None] * (1.0 / period * 2 * jnp.pi)
@@ -126,7 +128,7 @@ def make_prefix_mask(
     return jnp.concatenate([*masks, jnp.ones((batch, state_tokens), bool)], axis=1)
 
 
-def make_adarms_cond(params: dict, time: Float[Array, " b"], dim: int) -> Float[Array, "b {dim}"]:
+def make_adarms_cond(params: dict, time: Time, dim: int) -> Float[Array, "b {dim}"]:
     """Return what Pi0.5's adaptive norms are given of time, float32."""
     hidden = jax.nn.swish(dense(params["time_mlp_in"], posemb_sincos(time, dim)))
     return jax.nn.swish(dense(params["time_mlp_out"], hidden))
@@ -137,7 +139,7 @@ def embed_suffix(
     params: dict,
     state: Float[Array, "b ad"],
     x_t: Actions,
-    time: Float[Array, " b"],
+    time: Time,
 ) -> tuple[Float[Array, "b n d"], Bool[Array, " n"], Float[Array, "b d"] | None]:
     """Embed the noisy actions x_t; in Pi0 with the state before them and time mixed in.
 
@@ -167,9 +169,7 @@ def predict_v_t(
     return dense(params["action_out_proj"], action_out)
 
 
-def add_noise(
-    actions: Actions, noise: Actions, time: Float[Array, " b"]
-) -> tuple[Actions, Actions]:
+def add_noise(actions: Actions, noise: Actions, time: Time) -> tuple[Actions, Actions]:
     """Return x_t, the noisy actions at `time`, and u_t, the velocity that v_t should be."""
     time_expanded = time[:, None, None]
     return time_expanded * noise + (1 - time_expanded) * actions, noise - actions
@@ -181,7 +181,7 @@ def flow_loss(
     observation: Observation,
     actions: Actions,
     noise: Actions,
-    time: Float[Array, " b"],
+    time: Time,
 ) -> Float[Array, "b ah"]:
     """Mean square error of v_t at given noise and time, float32.
 
@@ -247,8 +247,8 @@ def flow_loss_shared_prefix(
     params: dict,
     observation: Observation,
     actions: Actions,
-    noise: Float[Array, "k b ah ad"],
-    time: Float[Array, "k b"],
+    noise: Float[Array | np.ndarray, "k b ah ad"],
+    time: Float[Array | np.ndarray, "k b"],
 ) -> Float[Array, "k b ah"]:
     """`flow_loss` of k draws of noise and time.
 
