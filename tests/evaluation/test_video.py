@@ -1,7 +1,17 @@
 """The video of episodes: what its frames show, and that players can read it."""
 
-import numpy as np
+from pathlib import Path
 
+import numpy as np
+<<<<<<< HEAD
+=======
+import pytest
+from conftest import find_task
+>>>>>>> w-eval
+
+from demo2eval.config import Evaluation
+from demo2eval.errors import UserError
+from demo2eval.evaluation import video
 from demo2eval.evaluation.video import (
     BORDER,
     CAPTION_HEIGHT,
@@ -10,10 +20,12 @@ from demo2eval.evaluation.video import (
     TILE_HEIGHT,
     TILE_WIDTH,
     make_frames,
+    record_videos,
     write_video,
 )
 from demo2eval.evaluation.workers import FRAME_SIZE, EpisodeResult
 from demo2eval.maniskill.env import CONTROL_FREQUENCY
+from demo2eval.provenance import read_manifest, run_stage
 
 LENGTH = 6
 
@@ -71,3 +83,55 @@ def test_the_file_is_h264_that_browsers_play(tmp_path):
     # The index is at the front, so that playing starts before all is loaded.
     content = file.read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")
+
+
+def write_rollouts(output: Path, checkpoint: str, success: list[int]) -> Path:
+    """Write the rollouts of a checkpoint of this digest, with seeds 0, 1, ..."""
+    with run_stage(
+        output, stage="rollout", module="demo2eval.evaluation.rollout", settings={}
+    ) as job:
+        rows = [f"{seed},{once}\n" for seed, once in enumerate(success)]
+        table = output.with_suffix(".csv")
+        table.write_text("seed,success_once\n" + "".join(rows))
+        job.finish([table], checkpoint=checkpoint)
+    return output
+
+
+def test_with_rollouts_only_failures_are_recorded(pushcube_run, tmp_path, monkeypatch):
+    checkpoint, task = pushcube_run / "checkpoints/0.json", find_task("PushCube-v1")
+    digest = read_manifest(checkpoint)["digest"]
+    recorded_seeds = []
+
+    def run_episodes(settings, seeds, num_workers, load_policy):
+        assert settings.record_frames
+        recorded_seeds.append(list(seeds))
+        return (recorded(seed, None) for seed in reversed(seeds))
+
+    monkeypatch.setattr(video, "run_episodes", run_episodes)
+
+    def record(name: str, rollouts: Path | None) -> Path:
+        output = tmp_path / f"{name}.json"
+        record_videos(
+            checkpoint,
+            output,
+            task="PushCube-v1",
+            object=task.object,
+            milestones=task.milestones,
+            evaluation=Evaluation(first_seed=10, num_videos=2),
+            rollouts=rollouts,
+        )
+        return output
+
+    record("plain", None)
+    rollouts = write_rollouts(tmp_path / "some/0.json", digest, [1, 0, 1, 0, 0])
+    manifest = read_manifest(record("failures", rollouts))
+    assert recorded_seeds == [[10, 11], [1, 3]]
+    assert manifest["metadata"] == {"frames": LENGTH, "successes": 0}
+    assert list(manifest["outputs"]) == ["failures.mp4"]
+    for checkpoint_digest, success, sentence in (
+        (digest, [1, 1], "no failure to record"),
+        ("another", [0, 0], "are not rollouts of"),
+    ):
+        rollouts = write_rollouts(tmp_path / sentence / "0.json", checkpoint_digest, success)
+        with pytest.raises(UserError, match=sentence):
+            record("refused", rollouts)

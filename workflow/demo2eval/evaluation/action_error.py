@@ -131,7 +131,7 @@ def action_errors(policy, cache: Path, samples: np.ndarray, evaluation: Evaluati
     )
     images = {
         camera: np.load(cache / f"images_{camera}.npy", mmap_mode="r")
-        for camera in set(policy.description.cameras.values())
+        for camera in set(policy.metadata.cameras.values())
     }
     rows, steps = sample_row[samples], evaluation.replan_steps
     demonstrated = action[chunk_rows(rows, last_rows(episode), steps)]

@@ -30,7 +30,7 @@ class Policy:
     many observations come together.
 
     Attributes:
-        description: the checkpoint's policy.json.
+        metadata: the checkpoint's policy.json.
         config: the model's `Pi0Config`.
     """
 
@@ -45,8 +45,8 @@ class Policy:
         Raises:
             UserError: if something of the checkpoint is missing or does not fit.
         """
-        self.description = read_policy_metadata(checkpoint)
-        self.config = self.description.config
+        self.metadata = read_policy_metadata(checkpoint)
+        self.config = self.metadata.config
         self.batch_size = batch_size or BATCH_SIZES.get(jax.default_backend(), 8)
         assets = find_assets(checkpoint)
         self._checkpoint = checkpoint
@@ -60,9 +60,9 @@ class Policy:
 
     def compile(self) -> None:
         """Compile the model, which the first `infer` would do otherwise."""
-        size = self.description.image_size
+        size = self.metadata.image_size
         black = np.zeros((size, size, 3), np.uint8)
-        images = dict.fromkeys(self.description.cameras.values(), black)
+        images = dict.fromkeys(self.metadata.cameras.values(), black)
         state = np.zeros(self._stats["state"].mean.shape[-1], np.float32)
         self.infer([{"images": images, "state": state}], [self.draw_noise(0, 0, 0)])
 
@@ -121,12 +121,12 @@ class Policy:
             camera: jnp.asarray(
                 [resize_with_pad(item["images"][source], size, size) for item in observations]
             )
-            for camera, source in self.description.cameras.items()
+            for camera, source in self.metadata.cameras.items()
         }
-        normalized = normalize(states, self._stats["state"], self.description.use_quantiles)
+        normalized = normalize(states, self._stats["state"], self.metadata.use_quantiles)
         prompts = [
             self._tokenizer.tokenize(
-                self.description.prompt,
+                self.metadata.prompt,
                 state if config.discrete_state_input else None,
                 config.max_token_len,
             )
@@ -153,8 +153,8 @@ class Policy:
             float32 [n, horizon, dim of ManiSkill's action], in the env's units, absolute where the
             model predicts differences from the state.
         """
-        unpadded = np.asarray(chunks, np.float64)[..., : self.description.action_dim]
-        actions = unnormalize(unpadded, self._stats["actions"], self.description.use_quantiles)
-        if self.description.delta_action_mask is not None:
-            actions = absolute_actions(actions, states, self.description.delta_action_mask)
+        unpadded = np.asarray(chunks, np.float64)[..., : self.metadata.action_dim]
+        actions = unnormalize(unpadded, self._stats["actions"], self.metadata.use_quantiles)
+        if self.metadata.delta_action_mask is not None:
+            actions = absolute_actions(actions, states, self.metadata.delta_action_mask)
         return actions.astype(np.float32)
