@@ -3,11 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-<<<<<<< HEAD
-=======
 import pytest
 from conftest import find_task
->>>>>>> w-eval
 
 from demo2eval.config import Evaluation
 from demo2eval.errors import UserError
@@ -26,6 +23,8 @@ from demo2eval.evaluation.video import (
 from demo2eval.evaluation.workers import FRAME_SIZE, EpisodeResult
 from demo2eval.maniskill.env import CONTROL_FREQUENCY
 from demo2eval.provenance import read_manifest, run_stage
+
+pytestmark = pytest.mark.simulator
 
 LENGTH = 6
 
