@@ -146,21 +146,17 @@ def make_tile(result: EpisodeResult, step: int) -> np.ndarray:
 
 def write_video(path: Path, frames: Iterable[np.ndarray]) -> None:
     """Encode frames, uint8 [h, w, 3] with even sides, at the control frequency."""
-    import imageio.v2 as imageio
+    # imageio would need an ffmpeg of its own; LeRobot brings PyAV.
+    import av
 
-    writer = imageio.get_writer(
-        path,
-        fps=CONTROL_FREQUENCY,
-        codec="libx264",
-        pixelformat="yuv420p",
-        quality=None,
-        # By default imageio scales frames to sides that 16 divides.
-        macro_block_size=2,
-        output_params=["-crf", "23", "-threads", "1", "-movflags", "+faststart"],
-    )
-    for frame in frames:
-        writer.append_data(frame)
-    writer.close()
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=CONTROL_FREQUENCY, options={"crf": "23"})
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            stream.height, stream.width = frame.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
 
 
 if __name__ == "__main__":
