@@ -158,7 +158,8 @@ BAD_VALUES = [
     ("dataset", {"state": ["qpos", "qpos"]}, "twice"),
     ("model", {"variant": "pi5"}, "Did you mean 'pi05'?"),
     ("model", {"overrides": {"siglip.widht": 96}}, "Did you mean 'width'?"),
-    ("model", {"overrides": {"siglip.width": "wide"}}, "siglip.width is 'wide'"),
+    ("model", {"overrides": {"siglip.width": "wide"}}, "'wide' for 'width'"),
+    ("model", {"overrides": {"siglip.patch_size": 0}}, "a 0 where"),
     ("model", {"overrides": {"paligemma.width": 10**9}}, "no machine holds it"),
 ]
 

@@ -23,8 +23,8 @@ from demo2eval.data.validate import (
     validate_replays,
 )
 from demo2eval.errors import UserError
-from demo2eval.maniskill.robots import JOINT_LIMITS
 from demo2eval.provenance import read_manifest
+from demo2eval.robots import JOINT_LIMITS
 
 CAMERA = "obs/sensor_data/base_camera"
 CUBE = "env_states/actors/cube"

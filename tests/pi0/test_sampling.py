@@ -18,6 +18,8 @@ def test_sampling_integrates_the_flow_that_is_trained():
         tokenized_prompt_mask=jnp.ones((1, 2), bool),
     )
     noise = jax.random.normal(jax.random.key(3), (1, CONFIG.action_horizon, CONFIG.action_dim))
-    actions = sampling.sample_actions(CONFIG, params, observation, noise, num_steps=1)
-    loss = model.flow_loss(CONFIG, params, observation, actions, noise, jnp.ones(1))
+    sample_actions = jax.jit(sampling.sample_actions, static_argnums=(0, 4))
+    flow_loss = jax.jit(model.flow_loss, static_argnums=0)
+    actions = sample_actions(CONFIG, params, observation, noise, 1)
+    loss = flow_loss(CONFIG, params, observation, actions, noise, jnp.ones(1))
     np.testing.assert_allclose(loss, 0, atol=1e-9)

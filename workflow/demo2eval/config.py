@@ -25,14 +25,13 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    TypeAdapter,
     ValidationError,
     model_validator,
 )
 
 from demo2eval.errors import UserError
-from demo2eval.maniskill.robots import CAMERAS, Robot
 from demo2eval.pi0.config import Pi0Config, make_config
+from demo2eval.robots import CAMERAS, Robot
 
 SHARD_SEEDS = 100_000
 MAX_SEED = 2**31 - 1
@@ -643,19 +642,11 @@ def _model_contradictions(run: Run) -> Iterator[str]:
             "model.continuous_state_token to false."
         )
     try:
-        config = TypeAdapter(Pi0Config).validate_python(
-            TypeAdapter(Pi0Config).dump_python(run.pi0_config(), warnings=False), strict=False
-        )
-        size = _approximate_size(config)
+        size = _approximate_size(run.pi0_config())
     except UserError as error:
         yield str(error)
-    except ValidationError as error:
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            reason = item["msg"].removeprefix("Input ")
-            yield f"model.overrides {key} is {item['input']!r}; it {reason}."
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
-        yield f"model.overrides make no model ({error})."
+    except ZeroDivisionError:
+        yield "model.overrides has a 0 where no model can have one."
     else:
         if size > MAX_PARAMS:
             yield f"model.overrides make a model of {size:.3g} parameters; no machine holds it."

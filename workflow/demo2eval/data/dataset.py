@@ -40,8 +40,8 @@ from demo2eval.data.validate import (
 from demo2eval.errors import UserError
 from demo2eval.maniskill.env import CONTROL_FREQUENCY
 from demo2eval.maniskill.observation import state_names
-from demo2eval.maniskill.robots import ACTION_NAMES
 from demo2eval.provenance import StageJob, run_stage, write_atomic
+from demo2eval.robots import ACTION_NAMES
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from demo2eval.cli import run
 from demo2eval.config import OnInvalid
 from demo2eval.data.import_demos import publish_demos
 from demo2eval.errors import UserError
-from demo2eval.maniskill.robots import Robot
 from demo2eval.provenance import run_stage
+from demo2eval.robots import Robot
 
 BLOCK = 1 << 20
 

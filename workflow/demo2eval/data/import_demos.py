@@ -13,8 +13,8 @@ from pathlib import Path
 from demo2eval.cli import run
 from demo2eval.config import OnInvalid
 from demo2eval.data.validate import apply_on_invalid, validate_files
-from demo2eval.maniskill.robots import Robot
 from demo2eval.provenance import StageJob, run_stage, write_atomic
+from demo2eval.robots import Robot
 
 
 def import_demos(

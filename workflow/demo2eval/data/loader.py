@@ -16,10 +16,10 @@ import numpy as np
 
 from demo2eval.data.chunks import chunk_rows, last_rows
 from demo2eval.errors import UserError
-from demo2eval.maniskill.robots import ARM_JOINTS
 from demo2eval.pi0.image import resize_with_pad
 from demo2eval.pi0.normalize import NormStats, load_norm_stats, normalize
 from demo2eval.pi0.transforms import delta_actions, pad
+from demo2eval.robots import ARM_JOINTS
 
 ORDER, NOISE = 0, 1
 RESIZE_THREADS = 8

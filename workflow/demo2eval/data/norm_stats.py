@@ -22,9 +22,9 @@ from demo2eval.config import Actions
 from demo2eval.data.chunks import chunk_rows, last_rows
 from demo2eval.data.lerobot_reader import dataset_root, read_columns, read_info
 from demo2eval.errors import UserError
-from demo2eval.maniskill.robots import ARM_JOINTS, delta_action_mask
 from demo2eval.pi0.normalize import NormStats, exact_stats, save_norm_stats
 from demo2eval.provenance import read_manifest, run_stage
+from demo2eval.robots import ARM_JOINTS, delta_action_mask
 
 STATE, ACTION, EPISODE = "observation.state", "action", "episode_index"
 HARDLY_VARIES = 1e-3

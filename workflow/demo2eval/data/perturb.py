@@ -10,7 +10,7 @@ recorded; here it costs nothing, since recorded states are set and not simulated
 import numpy as np
 
 from demo2eval.data.trajectory import Demo
-from demo2eval.maniskill.robots import ARM_JOINTS, JOINT_LIMITS
+from demo2eval.robots import ARM_JOINTS, JOINT_LIMITS
 
 NEAR = 10
 """Control steps around a change of the gripper's command in which the perturbation is smaller."""

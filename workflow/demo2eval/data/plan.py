@@ -20,8 +20,8 @@ from typing import Any
 from demo2eval.cli import run
 from demo2eval.errors import UserError
 from demo2eval.maniskill.env import limit_threads, make_env
-from demo2eval.maniskill.robots import Robot
 from demo2eval.provenance import run_stage
+from demo2eval.robots import Robot
 
 CONTROL_MODE = "pd_joint_pos"
 ATTEMPTS_PER_DEMO = 20

@@ -38,8 +38,8 @@ from demo2eval.data.trajectory import (
 )
 from demo2eval.errors import UserError
 from demo2eval.maniskill.env import get_observation, get_state, limit_threads, make_env
-from demo2eval.maniskill.robots import Robot
 from demo2eval.provenance import run_stage, write_atomic
+from demo2eval.robots import Robot
 
 type Observations = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 """({part: float32 [T + 1, dim]}, {camera: uint8 [N, H, W, 3]})."""

@@ -41,8 +41,8 @@ from demo2eval.data.trajectory import (
     trajectory_name,
 )
 from demo2eval.errors import UserError
-from demo2eval.maniskill.robots import ACTION_DIM, ARM_JOINTS, JOINT_LIMITS, Robot
 from demo2eval.provenance import read_manifest, sha256_file
+from demo2eval.robots import ACTION_DIM, ARM_JOINTS, JOINT_LIMITS, Robot
 
 TOLERANCE = 1e-3
 ISSUES_SHOWN = 20

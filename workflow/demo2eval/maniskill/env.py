@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from demo2eval.errors import UserError
-from demo2eval.maniskill.robots import CAMERAS
+from demo2eval.robots import CAMERAS
 
 CONTROL_FREQUENCY = 20
 """Control steps per second of ManiSkill's tasks, and so the frame rate of datasets and videos."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from demo2eval.maniskill.robots import JOINTS
+from demo2eval.robots import JOINTS
 
 AXES = {"pos": ["x", "y", "z"], "pose": ["x", "y", "z", "qw", "qx", "qy", "qz"]}
 """Dimensions of the parts that ManiSkill calls <thing>_pos and <thing>_pose."""

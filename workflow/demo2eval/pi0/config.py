@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 
+from pydantic import TypeAdapter, ValidationError
+
 from demo2eval.errors import UserError
 
 
@@ -144,13 +146,22 @@ VARIANTS = {
 def _replace(config, key: str, value):
     """Return `config` with one field replaced; dots lead into nested configurations."""
     name, _, rest = key.partition(".")
-    fields = [field.name for field in dataclasses.fields(config)]
+    fields = [field.name for field in dataclasses.fields(config)] if config else []
     if name not in fields:
         close = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UserError(f"model.overrides has an unknown key {key!r}.{hint}")
+    current = getattr(config, name)
     if rest:
-        value = _replace(getattr(config, name), rest, value)
+        value = _replace(current, rest, value)
+    elif isinstance(current, bool | int | str):
+        try:
+            value = TypeAdapter(type(current)).validate_python(value)
+        except ValidationError:
+            raise UserError(
+                f"model.overrides has {value!r} for {name!r}; it should be of type "
+                f"{type(current).__name__}, such as {current!r}."
+            ) from None
     return dataclasses.replace(config, **{name: value})
 
 
@@ -168,7 +179,8 @@ def make_config(variant: str = "pi05", **overrides) -> Pi0Config:
         overrides: fields of `Pi0Config`, with dots for nested ones, as in {"siglip.width": 128}.
 
     Raises:
-        UserError: if the variant or a key is unknown; names the nearest.
+        UserError: if the variant or a key is unknown, with the nearest; if a value is of another
+            type.
     """
     if variant not in VARIANTS:
         close = difflib.get_close_matches(variant, VARIANTS, n=1)

@@ -14,9 +14,9 @@ from demo2eval.checkpoints.policy_metadata import PolicyMetadata
 from demo2eval.cli import run
 from demo2eval.config import Actions, Dataset, Model, Replay
 from demo2eval.errors import UserError
-from demo2eval.maniskill.robots import Robot, delta_action_mask
 from demo2eval.pi0.config import Pi0Config, make_config, without_lora
 from demo2eval.provenance import read_manifest, run_stage, sha256_text, to_json
+from demo2eval.robots import Robot, delta_action_mask
 
 
 def init_checkpoint(

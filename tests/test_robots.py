@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from demo2eval.maniskill.env import make_env
-from demo2eval.maniskill.robots import (
+from demo2eval.robots import (
     ACTION_DIM,
     ACTION_NAMES,
     ARM_JOINTS,
