@@ -114,11 +114,7 @@ def pushcube_shards(pushcube_replay, tmp_path_factory) -> list[Path]:
 def pushcube_run(pushcube_replay, tmp_path_factory) -> Path:
     """A run's folder: dataset, norm stats, image caches of two sizes, and checkpoint 0.
 
-    <<<<<<< HEAD
-        pi05_tiny takes images of 64 pixels; the images of cache_128 have yet to be resized.
-    =======
-        The model of pi05_tiny takes 64-pixel images; those of cache_128 have yet to be resized.
-    >>>>>>> main
+    pi05_tiny takes images of 64 pixels; the images of cache_128 have yet to be resized.
     """
     from demo2eval.config import Actions, Dataset, Model, Replay
     from demo2eval.data.dataset import build_dataset
