@@ -105,7 +105,7 @@ class Command:
     def __init__(self, folder: Path, cores: int):
         if (folder / ".snakemake/locks").is_dir():
             # After a kill, Snakemake's own way out.
-            snakemake(folder, "--unlock", "--configfile", CONFIGURATION, TARGET)
+            snakemake(folder, "--unlock", "--configfile", CONFIGURATION, "--", TARGET)
         words = [
             "snakemake",
             "--cores",

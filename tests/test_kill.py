@@ -23,7 +23,7 @@ def test_a_killed_snakemake_is_unlocked_and_its_living_job_is_reused(tmp_path):
     """The job of a killed Snakemake lives on; after --unlock the same command waits for it."""
     folder = tmp_path / "copy"
     kill_benchmark.make_copy(folder, 1, 1)
-    assert kill_benchmark.Command(folder, 1).kill("plan", 0.0, alone=True) is not None
+    assert kill_benchmark.Command(folder, 1).kill("plan", 4.0, alone=True) is not None
     words = ["--cores", "1", "--configfile", kill_benchmark.CONFIGURATION, "--until", "plan"]
     locked = kill_benchmark.snakemake(folder, *words, "--", kill_benchmark.TARGET)
     assert locked.returncode != 0

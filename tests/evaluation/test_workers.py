@@ -22,6 +22,8 @@ from demo2eval.evaluation.workers import (
     run_episodes,
 )
 
+pytestmark = pytest.mark.simulator
+
 TASK = find_task("PushCube-v1")
 SETTINGS = EpisodeSettings(
     task="PushCube-v1",
@@ -153,8 +155,6 @@ def test_a_process_that_cannot_start_says_why(demos):
 KILLED_PARENT = """
 import multiprocessing, time
 from test_workers import SETTINGS, run_episodes
-
-pytestmark = pytest.mark.simulator
 
 def load_policy():
     return wait_for_the_kill
