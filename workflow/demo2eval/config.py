@@ -14,6 +14,7 @@ its own. They are merged key by key within a section.
 import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -47,6 +48,8 @@ def _number(value: Any) -> Any:
     """Refuse what Python takes for a number and nobody means as one."""
     if isinstance(value, bool):
         raise ValueError("should be a number, not a truth value")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("should be a finite number")
     return value
 
 
@@ -498,7 +501,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
         expected = error["ctx"]["expected"].replace("'", "")
         known = expected.replace(" or ", ", ").split(", ")
         return f"{name} is {value!r}; it may be {expected}.{suggest(str(value), known)}"
-    reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    reason = re.sub(r"^(Value error, |Input |List |Dictionary )", "", error["msg"])
     if isinstance(value, Mapping):
         return f"{name} {reason.rstrip('.')}."
     return f"{name} is {value!r}; it {reason}."
