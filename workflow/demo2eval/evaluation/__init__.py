@@ -1,1 +1,1 @@
-"""Rollouts of checkpoints in ManiSkill, and what is told about them."""
+"""Rollouts of checkpoints in ManiSkill, and the tables, curves and videos made of them."""

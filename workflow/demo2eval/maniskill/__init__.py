@@ -1,1 +1,1 @@
-"""ManiSkill: the six tasks, their environments, and observations as a policy sees them."""
+"""ManiSkill: envs, observations as a policy gets them, and the milestones of an episode."""
