@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from demo2eval.errors import UserError
-from demo2eval.pi0.config import Pi0Config, make_config
+from demo2eval.pi0.config import Pi0Config, make_config, merge_overrides
 from demo2eval.robots import CAMERAS, Robot
 
 SHARD_SEEDS = 100_000
@@ -447,18 +447,15 @@ class Run(Sections):
         """The family of the model, "pi05" or "pi0"."""
         return self.model.variant.split("_")[0]
 
-    @property
-    def model_overrides(self) -> dict[str, Any]:
-        """Everything in which the model differs from its variant."""
-        return {
-            "action_horizon": self.actions.action_horizon,
-            "discrete_state_input": self.model.discrete_state_input,
-            "continuous_state_token": self.model.continuous_state_token,
-        } | self.model.overrides
-
     def pi0_config(self) -> Pi0Config:
         """Return the model's configuration; raises UserError if an override is wrong."""
-        return make_config(self.model.variant, **self.model_overrides)
+        overrides = merge_overrides(
+            self.model.overrides,
+            action_horizon=self.actions.action_horizon,
+            discrete_state_input=self.model.discrete_state_input,
+            continuous_state_token=self.model.continuous_state_token,
+        )
+        return make_config(self.model.variant, **overrides)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -16,12 +16,6 @@ JOINTS = [
     "panda_finger_joint1",
     "panda_finger_joint2",
 ]
-ACTION_DIM = {
-    "pd_joint_pos": 8,
-    "pd_joint_delta_pos": 8,
-    "pd_ee_delta_pos": 4,
-    "pd_ee_delta_pose": 7,
-}
 ACTION_NAMES = {
     "pd_joint_pos": [*JOINTS[:ARM_JOINTS], "gripper"],
     "pd_joint_delta_pos": [*(f"delta_{joint}" for joint in JOINTS[:ARM_JOINTS]), "gripper"],
@@ -36,6 +30,7 @@ ACTION_NAMES = {
         "gripper",
     ],
 }
+ACTION_DIM = {control_mode: len(names) for control_mode, names in ACTION_NAMES.items()}
 JOINT_LIMITS = np.array(
     [
         [-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973],

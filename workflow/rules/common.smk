@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import sys
+from functools import cache
+from operator import attrgetter
 from pathlib import Path
 
 WORKFLOW = Path(str(workflow.current_basedir)).parent
@@ -61,8 +63,8 @@ def section(name, of=lambda wildcards: get_run(wildcards.run)):
 
 
 def field(name, of=lambda wildcards: get_run(wildcards.run)):
-    """For `params`: a setting of the run itself, such as its task."""
-    return lambda wildcards: getattr(of(wildcards), name)
+    """For `params`: one setting, such as "task" or "demos.num_demos"."""
+    return lambda wildcards: attrgetter(name)(of(wildcards))
 
 
 def as_json(wildcards, input):
@@ -148,11 +150,17 @@ def dataset_of_cache(wildcards):
     return f"results/datasets/{dataset_name(run_of_image_cache(wildcards))}/manifest.json"
 
 
-def dataset_of_run(wildcards):
-    run = get_run(wildcards.run)
+@cache
+def checked_dataset(name):
+    """The dataset of a run, whose evaluation seeds were compared with a trajectory file's once."""
+    run = get_run(name)
     if sentence := settings.used_seeds(run):
         raise WorkflowError(sentence)
     return f"results/datasets/{dataset_name(run)}/manifest.json"
+
+
+def dataset_of_run(wildcards):
+    return checked_dataset(wildcards.run)
 
 
 def image_cache_of_run(wildcards):

@@ -14,8 +14,8 @@ rule dataset:
     params:
         replays=as_json,
         prompt=field("prompt", run_of_dataset),
-        num_demos=lambda wildcards: run_of_dataset(wildcards).demos.num_demos,
-        on_invalid=lambda wildcards: run_of_dataset(wildcards).demos.on_invalid,
+        num_demos=field("demos.num_demos", run_of_dataset),
+        on_invalid=field("demos.on_invalid", run_of_dataset),
         dataset=section("dataset", run_of_dataset),
         code=code("data.dataset"),
     shell:

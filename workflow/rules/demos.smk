@@ -34,8 +34,8 @@ rule download_demos:
     params:
         task=field("task", run_of_demos),
         robot=field("robot", run_of_demos),
-        num_demos=lambda wildcards: run_of_demos(wildcards).demos.num_demos,
-        on_invalid=lambda wildcards: run_of_demos(wildcards).demos.on_invalid,
+        num_demos=field("demos.num_demos", run_of_demos),
+        on_invalid=field("demos.on_invalid", run_of_demos),
         code=code("data.download_demos"),
     shell:
         "$PYTHON -m demo2eval.data.download_demos --task {params.task:q} --robot {params.robot:q}"
@@ -58,8 +58,8 @@ rule import_demos:
     params:
         task=field("task", run_of_demos),
         robot=field("robot", run_of_demos),
-        num_demos=lambda wildcards: run_of_demos(wildcards).demos.num_demos,
-        on_invalid=lambda wildcards: run_of_demos(wildcards).demos.on_invalid,
+        num_demos=field("demos.num_demos", run_of_demos),
+        on_invalid=field("demos.on_invalid", run_of_demos),
         code=code("data.import_demos"),
     shell:
         "$PYTHON -m demo2eval.data.import_demos --source {input.h5:q} --task {params.task:q}"

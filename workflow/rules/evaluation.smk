@@ -14,7 +14,7 @@ rule rollout:
         "results/{run}/benchmarks/rollout_{step}.tsv"
     # Before further training: a checkpoint's success, and every fault of evaluation, is seen at once.
     priority: 100
-    threads: lambda wildcards: get_run(wildcards.run).evaluation.num_workers
+    threads: field("evaluation.num_workers")
     resources:
         gpu=1,
     params:
@@ -32,7 +32,8 @@ rule rollout:
 
 rule video:
     input:
-        "results/{run}/checkpoints/{step}.json",
+        checkpoint="results/{run}/checkpoints/{step}.json",
+        rollouts=[],
     output:
         manifest="results/{run}/videos/{step}.json",
         video="results/{run}/videos/{step}.mp4",
@@ -48,13 +49,15 @@ rule video:
         object=field("object"),
         milestones=section("milestones"),
         evaluation=section("evaluation"),
-        num_videos=lambda wildcards: get_run(wildcards.run).evaluation.num_videos,
+        num_videos=field("evaluation.num_videos"),
+        rollouts=lambda wildcards, input: input.get("rollouts") or "null",
         code=code("evaluation.video"),
     shell:
-        "$PYTHON -m demo2eval.evaluation.video --checkpoint {input:q} --task {params.task:q}"
+        "$PYTHON -m demo2eval.evaluation.video --checkpoint {input.checkpoint:q} --task {params.task:q}"
         " --object {params.object:q} --milestones {params.milestones:q}"
         " --evaluation {params.evaluation:q} --evaluation.num_videos {params.num_videos:q}"
-        " --evaluation.num_workers {threads} --output {output.manifest:q} 2>&1 | tee {log:q}"
+        " --evaluation.num_workers {threads} --rollouts {params.rollouts:q}"
+        " --output {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule success_table:
@@ -81,7 +84,7 @@ rule success_table:
 # Not part of the chain: to find out why a run fails.
 
 
-rule failure_video:
+use rule video as failure_video with:
     input:
         checkpoint="results/{run}/checkpoints/{step}.json",
         rollouts="results/{run}/rollouts/{step}.json",
@@ -92,22 +95,6 @@ rule failure_video:
         "results/{run}/logs/failure_video_{step}.log",
     benchmark:
         "results/{run}/benchmarks/failure_video_{step}.tsv"
-    threads: 2
-    resources:
-        gpu=1,
-    params:
-        task=field("task"),
-        object=field("object"),
-        milestones=section("milestones"),
-        evaluation=section("evaluation"),
-        num_videos=lambda wildcards: get_run(wildcards.run).evaluation.num_videos,
-        code=code("evaluation.video"),
-    shell:
-        "$PYTHON -m demo2eval.evaluation.video --checkpoint {input.checkpoint:q}"
-        " --rollouts {input.rollouts:q} --task {params.task:q} --object {params.object:q}"
-        " --milestones {params.milestones:q} --evaluation {params.evaluation:q}"
-        " --evaluation.num_videos {params.num_videos:q} --evaluation.num_workers {threads}"
-        " --output {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule action_error:
@@ -125,7 +112,7 @@ rule action_error:
     resources:
         gpu=1,
     params:
-        num_val_demos=lambda wildcards: get_run(wildcards.run).training.num_val_demos,
+        num_val_demos=field("training.num_val_demos"),
         evaluation=section("evaluation"),
         code=code("evaluation.action_error"),
     shell:

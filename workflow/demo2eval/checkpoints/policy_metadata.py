@@ -17,6 +17,7 @@ class PolicyMetadata:
         variant: model variant, and `model_overrides`: arguments of `make_config` for it.
         asset_id: folder below `assets`.
         task: ManiSkill's task that the policy does, and `prompt`: what it is told to do.
+        robot: ManiSkill's robot, of the data and so of the evaluation.
         cameras: camera of the model -> camera of the env.
         image_size: side of the env's images, pixels; the model's own is `config.siglip.image_size`.
         state: what the env's state vector is made of, in order.

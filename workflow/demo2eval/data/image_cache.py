@@ -28,6 +28,7 @@ from demo2eval.data.lerobot_reader import (
     read_info,
 )
 from demo2eval.errors import UserError
+from demo2eval.pi0.image import resize_with_pad
 from demo2eval.provenance import StageJob, run_stage
 
 
@@ -146,9 +147,6 @@ def open_array(folder: Path, camera: str, shape: tuple[int, ...]) -> np.memmap:
 
 def decode_file(task: DecodeTask, array: np.memmap, folder: Path, resize_to: int | None) -> None:
     """Decode a file into its samples of the camera's array, unless a killed job did so already."""
-    # It imports JAX, for which --help need not wait.
-    from demo2eval.pi0.image import resize_with_pad
-
     done = folder / f"{task.camera}-{task.number:04d}.done"
     if done.exists():
         return

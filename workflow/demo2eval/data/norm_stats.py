@@ -23,6 +23,7 @@ from demo2eval.data.chunks import chunk_rows, last_rows
 from demo2eval.data.lerobot_reader import dataset_root, read_columns, read_info
 from demo2eval.errors import UserError
 from demo2eval.pi0.normalize import NormStats, exact_stats, save_norm_stats
+from demo2eval.pi0.transforms import delta_actions
 from demo2eval.provenance import read_manifest, run_stage
 from demo2eval.robots import ARM_JOINTS, delta_action_mask
 
@@ -101,9 +102,6 @@ def action_chunks(
         columns: `action` and `observation.state` [rows, dim], `episode_index` [rows].
         mask: per action dimension, whether it becomes a difference from the state.
     """
-    # It imports JAX, for which --help need not wait.
-    from demo2eval.pi0.transforms import delta_actions
-
     rows = chunk_rows(np.arange(len(columns[ACTION])), last_rows(columns[EPISODE]), horizon)
     chunks = columns[ACTION][rows]
     return chunks if mask is None else delta_actions(chunks, columns[STATE], mask)

@@ -80,8 +80,7 @@ def run_rollouts(
     ) as job:
         if job.reused:
             return
-        first_seed = evaluation.first_seed
-        seeds = range(first_seed, first_seed + evaluation.num_episodes)
+        seeds = list_seeds(evaluation)
         if dataset:
             check_seeds(seeds, checkpoint, dataset)
         folder = checkpoint.with_suffix("")
@@ -101,6 +100,11 @@ def run_rollouts(
             checkpoint=manifest["digest"],
             dataset=manifest["metadata"]["dataset"],
         )
+
+
+def list_seeds(evaluation: Evaluation) -> range:
+    """Return the seed of each episode."""
+    return range(evaluation.first_seed, evaluation.first_seed + evaluation.num_episodes)
 
 
 def check_seeds(seeds: Iterable[int], checkpoint: Path, dataset: Path) -> None:

@@ -17,7 +17,7 @@ from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.cli import run
 from demo2eval.config import Evaluation, Milestones
 from demo2eval.errors import UserError
-from demo2eval.evaluation.rollout import make_episode_settings, policy_loader
+from demo2eval.evaluation.rollout import list_seeds, make_episode_settings, policy_loader
 from demo2eval.evaluation.workers import FRAME_SIZE, EpisodeResult, run_episodes
 from demo2eval.maniskill.env import CONTROL_FREQUENCY
 from demo2eval.provenance import read_manifest, run_stage
@@ -71,7 +71,7 @@ def record_videos(
     ) as job:
         if job.reused:
             return
-        seeds = list(range(evaluation.first_seed, evaluation.first_seed + evaluation.num_videos))
+        seeds = list_seeds(evaluation)
         if rollouts:
             seeds = failed_seeds(rollouts, checkpoint)[: evaluation.num_videos]
         folder = checkpoint.with_suffix("")

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -163,6 +164,25 @@ def _replace(config, key: str, value):
                 f"{type(current).__name__}, such as {current!r}."
             ) from None
     return dataclasses.replace(config, **{name: value})
+
+
+def merge_overrides(
+    overrides: dict,
+    *,
+    action_horizon: int,
+    discrete_state_input: bool,
+    continuous_state_token: bool,
+) -> dict[str, Any]:
+    """Return everything in which a run's model differs from its variant, for `make_config`.
+
+    Args:
+        overrides: `model.overrides` of the configuration; they win over the other settings.
+    """
+    return {
+        "action_horizon": action_horizon,
+        "discrete_state_input": discrete_state_input,
+        "continuous_state_token": continuous_state_token,
+    } | overrides
 
 
 def without_lora(config: Pi0Config) -> Pi0Config:

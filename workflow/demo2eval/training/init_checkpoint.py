@@ -9,12 +9,13 @@ Out: <output without .json>/params and assets/<asset id>/{norm_stats.json, token
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from demo2eval.checkpoints.policy_metadata import PolicyMetadata
 from demo2eval.cli import run
 from demo2eval.config import Actions, Dataset, Model, Replay
 from demo2eval.errors import UserError
-from demo2eval.pi0.config import Pi0Config, make_config, without_lora
+from demo2eval.pi0.config import Pi0Config, make_config, merge_overrides, without_lora
 from demo2eval.provenance import read_manifest, run_stage, sha256_text, to_json
 from demo2eval.robots import Robot, delta_action_mask
 
@@ -127,17 +128,18 @@ def load_tokenizer(model: Model, prompt: str):
 
 def model_overrides(
     model: Model, actions: Actions, prompt: str, tokenizer, state_dim: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return the fields of `Pi0Config` in which the model differs from its variant.
 
     The vocabulary is the tokenizer's if it was trained here, and prompts are padded to the length
     that this one needs.
     """
-    overrides: dict[str, object] = {
-        "action_horizon": actions.action_horizon,
-        "discrete_state_input": model.discrete_state_input,
-        "continuous_state_token": model.continuous_state_token,
-    } | model.overrides
+    overrides = merge_overrides(
+        model.overrides,
+        action_horizon=actions.action_horizon,
+        discrete_state_input=model.discrete_state_input,
+        continuous_state_token=model.continuous_state_token,
+    )
     if model.weights is None and model.tokenizer is None:
         overrides.setdefault("vocab_size", tokenizer.vocab_size)
     config = make_config(model.variant, **overrides)
