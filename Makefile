@@ -26,8 +26,8 @@ quickstart: setup  ## demonstrations to success table of a tiny Pi0.5, on this m
 test: setup lint  ## lint, types and all tests
 	$(ENTER) $(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: setup  ## the tests that need no simulator
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not simulator"
+check: setup  ## the fast tests: no simulator, no model
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not simulator and not slow"
 
 lint: setup  ## style, spelling and types, changing nothing
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ def driver(tmp_path, monkeypatch):
     return list_gpus
 
 
+@pytest.mark.slow
 def test_this_machine_can_run_the_quickstart():
     lines = dict(zip(doctor.CHECKS, doctor.diagnose(), strict=True))
     # The disk may be too full for a quickstart and still have room for the tests.

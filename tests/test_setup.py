@@ -210,6 +210,7 @@ def test_an_unpacked_mesa_is_found_by_set_up_and_by_a_shell(setup_script, tmp_pa
     assert output == "/a folder/lvp.json\n"
 
 
+@pytest.mark.slow
 def test_rendering_is_tried_and_not_believed(setup_script, monkeypatch):
     if not setup_script.has_nvidia_gpu():
         assert setup_script.renders("cpu")

@@ -240,6 +240,7 @@ def test_what_has_no_form_in_safetensors(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_both_ways_and_overwrites_nothing(tmp_path, monkeypatch):
     def convert(*arguments) -> None:
         monkeypatch.setattr(sys, "argv", ["huggingface", *map(str, arguments)])
@@ -317,6 +318,7 @@ def peak_memory(folder: Path, name: str, source: str, output: str) -> int:
     return int(process.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_stays_below_1_3_copies_of_the_weights(tmp_path):
     random = np.random.default_rng(0)

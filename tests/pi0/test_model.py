@@ -16,6 +16,8 @@ from demo2eval.pi0 import layers, model
 from demo2eval.pi0.config import Pi0Config, make_config
 from demo2eval.pi0.params import flatten, unflatten
 
+pytestmark = pytest.mark.slow
+
 
 @partial(jax.jit, static_argnums=0)
 def flow_loss(config: Pi0Config, params: dict) -> jax.Array:

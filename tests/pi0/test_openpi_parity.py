@@ -39,6 +39,8 @@ WITH_LORA = pytest.mark.skipif(
     not (GOLDEN / "pi05_lora_float32.npz").exists(), reason="GOLDEN_DIR has no numbers of LoRA"
 )
 
+pytestmark = pytest.mark.slow
+
 
 flow_loss = jax.jit(model.flow_loss, static_argnums=0)
 sample_actions = jax.jit(sampling.sample_actions, static_argnums=0)

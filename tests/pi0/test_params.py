@@ -14,6 +14,7 @@ from demo2eval.pi0 import model
 from demo2eval.pi0.params import flatten, init_params, param_table, split_trainable, unflatten
 
 
+@pytest.mark.slow
 def test_lora_freezes_the_rest_of_both_experts():
     golden = json.loads((Path(__file__).parents[1] / "golden/golden.json").read_text())["report"]
     lora = with_lora(CONFIG)

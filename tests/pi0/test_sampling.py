@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from small_model import CONFIG, random_params
 
 from demo2eval.pi0 import model, sampling
+
+pytestmark = pytest.mark.slow
 
 
 def test_sampling_integrates_the_flow_that_is_trained():

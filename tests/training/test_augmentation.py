@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from demo2eval.training.augmentation import augment, random_shift
 
@@ -28,6 +29,7 @@ def test_every_image_is_shifted_by_itself_and_keeps_its_type():
     assert len(shifts) > 15
 
 
+@pytest.mark.slow
 def test_openpis_augmentation_keeps_shape_and_range_and_never_moves_a_wrist():
     batch = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3)) * 2 - 1
     images = {"base_0_rgb": batch, "left_wrist_0_rgb": batch}
