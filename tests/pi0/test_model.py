@@ -1,6 +1,6 @@
 """What the model must be whatever its weights.
 
-It is the same scanned or unrolled, with activations kept or recomputed, with LoRA apart or merged.
+It is the same with activations kept or recomputed, with LoRA apart or merged.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from small_model import CONFIG, OVERRIDES, random_batch, random_params, with_lora
 
-from demo2eval.pi0 import layers, model
+from demo2eval.pi0 import model
 from demo2eval.pi0.config import Pi0Config, make_config
 from demo2eval.pi0.params import flatten, unflatten
 
@@ -24,23 +24,17 @@ def flow_loss(config: Pi0Config, params: dict) -> jax.Array:
     return model.flow_loss(config, params, *random_batch(config), jnp.array([0.2, 0.9]))
 
 
-def test_scanned_layers_equal_unrolled_ones(monkeypatch):
-    params = random_params(CONFIG)
-    unrolled = flow_loss(CONFIG, params)
-    monkeypatch.setattr(layers, "UNROLLED_DEPTH", 0)
-    flow_loss.clear_cache()  # pyright: ignore
-    np.testing.assert_allclose(flow_loss(CONFIG, params), unrolled, rtol=1e-5)
-
-
 def test_recomputed_activations_give_the_same_gradients():
     params = random_params(CONFIG)
-    configs = [dataclasses.replace(CONFIG, remat=remat) for remat in (False, True)]
-    plain, recomputed = (
-        flatten(jax.grad(lambda tree, config=config: flow_loss(config, tree).mean())(params))
-        for config in configs
-    )
-    for name, gradient in plain.items():
-        np.testing.assert_allclose(recomputed[name], gradient, atol=1e-5, err_msg=name)
+
+    def gradients(remat: str) -> dict:
+        config = dataclasses.replace(CONFIG, remat=remat)
+        return flatten(jax.grad(lambda tree: flow_loss(config, tree).mean())(params))
+
+    plain = gradients("none")
+    for remat in ("elementwise", "vision", "all"):
+        for name, gradient in gradients(remat).items():
+            np.testing.assert_allclose(gradient, plain[name], atol=1e-5, err_msg=name)
 
 
 def test_the_state_token_matters():
@@ -122,7 +116,7 @@ def test_several_draws_after_one_prefix_are_as_many_losses(family):
         )
 
     def together(params):
-        return model.flow_loss_shared_prefix(config, params, observation, actions, noises, times)
+        return model.flow_losses(config, params, observation, actions, noises, times)
 
     np.testing.assert_allclose(jax.jit(together)(params), jax.jit(one_by_one)(params), rtol=1e-4)
     expected = flatten(jax.jit(jax.grad(lambda tree: one_by_one(tree).mean()))(params))

@@ -21,6 +21,7 @@ from demo2eval.errors import UserError
 from demo2eval.pi0 import gemma, model, sampling
 from demo2eval.pi0.config import GemmaConfig, LoraConfig, Pi0Config, SiglipConfig, make_config
 from demo2eval.pi0.image import resize_with_pad
+from demo2eval.pi0.layers import unstack
 from demo2eval.pi0.normalize import exact_stats, load_norm_stats, normalize, unnormalize
 from demo2eval.pi0.params import flatten, init_params, param_table, unflatten
 from demo2eval.pi0.tokenizer import Tokenizer, discretize
@@ -62,7 +63,7 @@ def config_of(family: str, precision: str = "float32") -> Pi0Config:
         action_dim=SPEC["action_dim"],
         action_horizon=SPEC["action_horizon"],
         dtype="float32" if precision == "float32" else "bfloat16",
-        remat=False,
+        remat="none",
     )
 
 
@@ -119,14 +120,29 @@ def forward(config: Pi0Config, params: dict, inputs: dict, adarms_cond=None) -> 
     ar_mask = jnp.concatenate([jnp.zeros(prefix.shape[1], bool), suffix_ar_mask])
     attn_mask = model.make_attn_mask(input_mask, ar_mask)
     positions = model.make_positions(input_mask)
-    prefix_out, suffix_out = gemma.forward(
-        (config.paligemma, config.action_expert),
-        params["PaliGemma"]["llm"],
-        [prefix, suffix],
-        [None, own_adarms_cond if adarms_cond is None else adarms_cond],
-        positions,
-        attn_mask,
-    )
+    conditions = [None, own_adarms_cond if adarms_cond is None else adarms_cond]
+    # All tokens together, as openpi computes them.
+    llm, tokens = params["PaliGemma"]["llm"], [prefix, suffix]
+    for layer in unstack(llm["layers"]):
+        tokens, _ = gemma.block(
+            (config.paligemma, config.action_expert),
+            layer,
+            tokens,
+            conditions,
+            positions,
+            attn_mask,
+        )
+    prefix_out, _ = gemma.rms_norm(llm["final_norm"], tokens[0], None)
+    suffix_out, _ = gemma.rms_norm(llm["final_norm_1"], tokens[1], conditions[1])
+    # Prefix and suffix apart, as training computes them.
+    trained = model.run_experts(
+        config,
+        params,
+        observation,
+        suffix[None],
+        suffix_ar_mask,
+        None if conditions[1] is None else conditions[1][None],
+    )[0]
     return {
         "prefix_embs": prefix,
         "prefix_mask": prefix_mask,
@@ -136,9 +152,10 @@ def forward(config: Pi0Config, params: dict, inputs: dict, adarms_cond=None) -> 
         "positions": positions,
         "prefix_out": prefix_out,
         "suffix_out": suffix_out,
+        "trained_suffix_out": trained,
         "x_t": x_t,
         "u_t": inputs["noise"] - inputs["actions"],
-        "v_t": model.predict_v_t(config, params, suffix_out),
+        "v_t": model.predict_v_t(config, params, trained),
     }
 
 
@@ -150,6 +167,8 @@ def compare(config: Pi0Config, params: dict, inputs: dict, golden: dict, toleran
         assert_equal(ours[name], golden[name], name)
     for name in golden.keys() & {"suffix_embs", "adarms_cond", "suffix_out", "x_t", "u_t", "v_t"}:
         assert difference(ours[name], golden[name]) < tolerance, name
+    if "suffix_out" in golden:
+        assert difference(ours["trained_suffix_out"], golden["suffix_out"]) < tolerance
     prefix_mask = ours["prefix_mask"][..., None]
     for name in golden.keys() & {"prefix_embs", "prefix_out"}:
         assert difference(ours[name], golden[name], where=prefix_mask) < tolerance, name
@@ -159,7 +178,8 @@ def compare(config: Pi0Config, params: dict, inputs: dict, golden: dict, toleran
     sampled = sample_actions(config, params, observation, inputs["noise"])
     assert difference(sampled, golden["actions_10"]) < tolerance
     if "compute_loss_key7" in golden:
-        loss = model.compute_loss(config, params, jax.random.key(7), observation, actions)
+        noise, time = model.draw_noise(jax.random.key(7), actions.shape)
+        loss = flow_loss(config, params, observation, actions, noise[0], time[0])
         assert difference(loss, golden["compute_loss_key7"]) < tolerance
 
 
@@ -291,7 +311,8 @@ def test_three_real_training_steps(training_key):
     @jax.jit
     def step(params, average, state, observation, key, noise, time):
         augment_key, _, _ = jax.random.split(key, 3)
-        images = augment(augment_key, observation.images)
+        keys = jax.random.split(augment_key, len(observation.state))
+        images = augment(keys, observation.images)
         observation = dataclasses.replace(observation, images=images)
 
         def mean_loss(params):

@@ -250,6 +250,38 @@ class Training(Section):
         json_schema_extra=SCHEDULE,
     )
     batch_size: Int = Field(default=32, ge=1, le=65_536, description="samples per step")
+    micro_batch_size: Annotated[Int, Field(ge=1, le=65_536)] | None = Field(
+        default=None,
+        description="samples whose gradient a device computes at a time; null: what fits and is "
+        "fastest. The result is that of the whole batch",
+        json_schema_extra=SCHEDULE,
+    )
+    remat: Literal["none", "elementwise", "vision", "all"] | None = Field(
+        default=None,
+        description="what the backward pass computes again to save memory; null: what fits and is "
+        "fastest",
+        json_schema_extra=SCHEDULE,
+    )
+    fsdp_devices: Int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="GPUs that share the training state; 1: each has all of it. The batch is "
+        "divided among all GPUs that there are",
+        json_schema_extra=SCHEDULE,
+    )
+    keep_period: Annotated[Int, Field(ge=1, le=100_000_000)] | None = Field(
+        default=None,
+        description="weights of other steps than its multiples and the last are removed once they "
+        "are evaluated; null: all are kept. openpi: 5000",
+        json_schema_extra=SCHEDULE,
+    )
+    save_minutes: Annotated[Float, Field(ge=0, le=10_000)] | None = Field(
+        default=20.0,
+        description="minutes between saves on the way to a checkpoint, from which a job goes on "
+        "that was killed; null: none",
+        json_schema_extra=SCHEDULE,
+    )
     warmup_steps: Int = Field(
         default=1000,
         ge=0,
@@ -408,6 +440,10 @@ class Config(Section):
 
     tasks: dict[str, Task]
     runs: dict[RunName, RunEntry]
+    overwrite: bool = Field(
+        default=False,
+        description="replace finished checkpoints that took long to train and are stale now",
+    )
 
 
 class Run(Sections):

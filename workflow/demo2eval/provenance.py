@@ -73,6 +73,15 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_folder(path: Path) -> str:
+    """Return the SHA-256 of the names and contents of all files below a folder."""
+    files = _list_files([path])
+    with ThreadPoolExecutor(8) as pool:
+        hashes = pool.map(sha256_file, files)
+        names = [str(file.relative_to(path)) for file in files]
+        return sha256_text(to_json(dict(zip(names, hashes, strict=True))))
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that it exists wholly or not at all, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -19,6 +19,7 @@ from demo2eval import config as settings
 from demo2eval.errors import UserError
 from demo2eval.fingerprint import code_fingerprint
 
+CHEAP_TRAINING_S = 600  # finished training below this is repeated without a question
 PLANNING_PYTHON = WORKFLOW.parent / "envs/planning/.venv/bin/python"
 python_path = [str(WORKFLOW), *filter(None, [os.environ.get("PYTHONPATH")])]
 # Jobs inherit these. They stand in no command, so another machine's Python makes nothing stale. What
@@ -65,6 +66,12 @@ def section(name, of=lambda wildcards: get_run(wildcards.run)):
 def field(name, of=lambda wildcards: get_run(wildcards.run)):
     """For `params`: one setting, such as "task" or "demos.num_demos"."""
     return lambda wildcards: attrgetter(name)(of(wildcards))
+
+
+def schedule(name):
+    """For `resources`: a setting that decides how fast or how safely work is done; as text."""
+    value_of = field(name)
+    return lambda wildcards: json.dumps(value_of(wildcards))
 
 
 def as_json(wildcards, input):
@@ -199,17 +206,58 @@ def shard_seed(wildcards):
     return run_of_demos(wildcards).demos.first_seed + int(wildcards.shard) * settings.SHARD_SEEDS
 
 
-def check_requirements(jobs):
-    """Look for what has to be brought from outside, before any job starts."""
-    jobs = list(jobs)
-    for name in sorted(
-        {job.wildcards.run for job in jobs if job.rule.name.endswith("init_checkpoint")}
-    ):
-        if sentence := settings.missing_weights(get_run(name)):
-            raise WorkflowError(sentence)
-    planning = any(job.rule.name.endswith("plan") for job in jobs)
-    if planning and not PLANNING_PYTHON.exists():
-        raise WorkflowError("envs/planning/.venv does not exist: run `make setup`.")
+def print_requirements():
+    """Print a table of the runs: parameters, how a step is computed on one GPU, disk."""
+    import pandas as pd
+    from demo2eval.training.budget import describe_run
+
+    print(pd.DataFrame(map(describe_run, RUNS.values())).to_string(index=False))
+
+
+def check_requirements(jobs, reason_of, is_local):
+    """Look for what this machine lacks, and for what would be thrown away, before any job starts.
+
+    Args:
+        jobs: that will run.
+        reason_of: from a job to the reason why.
+        is_local: whether jobs run on this machine.
+    """
+    from demo2eval.doctor import list_gpus
+    from demo2eval.training.budget import list_shortages
+
+    jobs, problems = list(jobs), []
+    runs = {job.wildcards.run for job in jobs if job.rule.name.endswith("init_checkpoint")}
+    problems += [settings.missing_weights(get_run(name)) for name in sorted(runs)]
+    training = {}
+    for job in jobs:
+        if job.rule.name.endswith("train"):
+            training.setdefault(job.wildcards.run, []).append(job)
+    for name, train_jobs in sorted(training.items()):
+        problems.append(finished_training(name, train_jobs, reason_of))
+        if is_local:
+            problems += list_shortages(get_run(name), len(train_jobs), Path("."), list_gpus())
+    if any(job.rule.name.endswith("plan") for job in jobs) and not PLANNING_PYTHON.exists():
+        problems.append("envs/planning/.venv does not exist: run `make setup`.")
+    if problems := [problem for problem in problems if problem]:
+        raise WorkflowError("\n".join(problems))
+
+
+def finished_training(name, jobs, reason_of):
+    """A sentence if long training would be thrown away that nobody asked to repeat; else None."""
+    if config.get("overwrite") in (True, "true"):
+        return None
+    stale = [job for job in jobs if Path(job.output.manifest).exists()]
+    records = [json.loads(Path(job.output.manifest).read_text()) for job in stale]
+    seconds = sum(record.get("metadata", {}).get("training_time_s", 0) for record in records)
+    if seconds < CHEAP_TRAINING_S:
+        return None
+    steps = ", ".join(job.wildcards.step for job in stale)
+    return (
+        f"run {name!r} has finished checkpoints ({steps}) that took {seconds / 3600:.1f} hours to train "
+        f"and would be trained again: {reason_of(stale[0])}. To keep them, give the changed settings to "
+        f"a run of another name, or accept them as they are: snakemake --touch "
+        f"{' '.join(str(job.output.manifest) for job in stale)}. To train again: --config overwrite=true."
+    )
 
 
 wildcard_constraints:

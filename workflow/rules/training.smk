@@ -40,9 +40,17 @@ rule train:
         "results/{run}/benchmarks/train_{step}.tsv"
     wildcard_constraints:
         step=r"[1-9]\d*",
+    # A job that is told to stop, or dies, goes on from its last save.
+    retries: 2
     threads: 8
     resources:
         gpu=1,
+        # Here and not in params: they make nothing stale.
+        micro_batch_size=schedule("training.micro_batch_size"),
+        remat=schedule("training.remat"),
+        fsdp_devices=schedule("training.fsdp_devices"),
+        save_minutes=schedule("training.save_minutes"),
+        keep_period=schedule("training.keep_period"),
     params:
         seed=field("seed"),
         training=section("training"),
@@ -51,5 +59,9 @@ rule train:
     shell:
         "$PYTHON -m demo2eval.training.train --previous {input.previous:q}"
         " --image_cache {input.image_cache:q} --step {wildcards.step:q} --seed {params.seed:q}"
-        " --training {params.training:q} --actions {params.actions:q} --output {output.manifest:q}"
+        " --training {params.training:q} --training.micro_batch_size {resources.micro_batch_size}"
+        " --training.remat {resources.remat} --training.fsdp_devices {resources.fsdp_devices}"
+        " --training.save_minutes {resources.save_minutes}"
+        " --training.keep_period {resources.keep_period} --actions {params.actions:q}"
+        " --output {output.manifest:q}"
         " 2>&1 | tee {log:q}"

@@ -50,7 +50,10 @@ def save_params(path: Path, params: dict) -> None:
         path: the folder `<step>/params`, which must not exist.
         params: nested dictionary of arrays.
     """
-    ocp.PyTreeCheckpointer().save(Path(path).absolute(), {"params": params})
+    # Weights hardly get smaller by compression, which takes longer than writing.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(Path(path).absolute(), args=ocp.args.PyTreeSave({"params": params}))
 
 
 def save_lazy_params(path: Path, arrays: dict[str, LazyArray]) -> None:

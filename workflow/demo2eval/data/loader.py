@@ -78,14 +78,20 @@ class PromptTokenizer:
         self._tokenizer, self._prompt = tokenizer, prompt
         self._length, self._with_state = max_token_len, with_state
 
-    def tokenize(self, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens int32 [b, l] and mask bool [b, l] of normalized states [b, state dim]."""
+    def tokenize(self, state: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return tokens int32 [b, l] and mask of normalized states [b, state dim].
+
+        The mask is bool [b, l], or None if no prompt can be padded.
+        """
         states = state if self._with_state else [None]
         pairs = [self._tokenizer.tokenize(self._prompt, item, self._length) for item in states]
         tokens = np.array([tokens for tokens, _ in pairs], np.int32)
         mask = np.array([mask for _, mask in pairs], bool)
         shape = (len(state), tokens.shape[1])
-        return np.broadcast_to(tokens, shape).copy(), np.broadcast_to(mask, shape).copy()
+        tokens = np.broadcast_to(tokens, shape).copy()
+        if not self._with_state and mask.all():
+            return tokens, None
+        return tokens, np.broadcast_to(mask, shape).copy()
 
 
 class BatchLoader:
@@ -130,7 +136,7 @@ class BatchLoader:
             UserError: if the cache, the norm stats and the model do not fit together.
         """
         episode = _load(cache, "episode")
-        self._last_row = last_rows(episode)
+        self._episode, self._last_row = episode, last_rows(episode)
         self._sample_row = _load(cache, "sample_row")
         self._state, self._action = _load(cache, "state"), _load(cache, "action")
         # Episodes lie in order, so the validation demos are the last samples.
@@ -214,7 +220,8 @@ class BatchLoader:
             images: camera of the model -> uint8 [batch_size, image_size, image_size, 3].
             state: float32 [batch_size, action_dim], normalized, padded.
             actions: float32 [batch_size, horizon, action_dim], normalized, padded.
-            tokenized_prompt, tokenized_prompt_mask: int32 and bool [batch_size, tokens].
+            tokenized_prompt: int32 [batch_size, tokens].
+            tokenized_prompt_mask: bool [batch_size, tokens], or None if no prompt can be padded.
         """
         samples = draw_samples(step, batch_size, seed, len(self))
         rows = self._sample_row[samples]
@@ -237,6 +244,16 @@ class BatchLoader:
             "tokenized_prompt": tokens,
             "tokenized_prompt_mask": token_mask,
         }
+
+    def batch_episodes(self, step: int, batch_size: int, seed: int) -> list[int]:
+        """Return the episodes of the samples in the batch of a step, each once."""
+        samples = draw_samples(step, batch_size, seed, len(self))
+        return np.unique(self._episode[self._sample_row[samples]]).tolist()
+
+    @property
+    def num_cameras(self) -> int:
+        """The cameras of each sample."""
+        return len(self._images)
 
     def _resize(self, images: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """Return the images of samples in the model's size."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from demo2eval.checkpoints.verify import verify_checkpoint
 from demo2eval.cli import run
 from demo2eval.config import Evaluation
 from demo2eval.data.chunks import chunk_rows, last_rows
@@ -72,7 +73,8 @@ def measure_action_error(
                 f"{checkpoint} was not trained on the dataset of {image_cache}; give the cache of "
                 "its own dataset."
             )
-        cache, folder = image_cache.parent, checkpoint.with_suffix("")
+        cache = image_cache.parent
+        folder = verify_checkpoint(checkpoint, "params", "assets")
         policy = Policy(folder, num_steps=evaluation.num_steps, batch_size=BATCH_SIZE)
         tables = {}
         for name, samples in select_samples(cache, num_val_demos).items():

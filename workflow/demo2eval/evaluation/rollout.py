@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from demo2eval.checkpoints.policy_metadata import PolicyMetadata, read_policy_metadata
+from demo2eval.checkpoints.verify import verify_checkpoint
 from demo2eval.cli import run
 from demo2eval.config import Evaluation, Milestones
 from demo2eval.errors import UserError
@@ -83,7 +84,7 @@ def run_rollouts(
         seeds = list_seeds(evaluation)
         if dataset:
             check_seeds(seeds, checkpoint, dataset)
-        folder = checkpoint.with_suffix("")
+        folder = verify_checkpoint(checkpoint, "params", "assets")
         policy = read_policy_metadata(folder)
         episode_settings = make_episode_settings(policy, task, object, milestones, evaluation)
         table, load = job.partial / "episodes.csv", policy_loader(folder, evaluation)

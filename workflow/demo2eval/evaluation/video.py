@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from demo2eval.checkpoints.policy_metadata import read_policy_metadata
+from demo2eval.checkpoints.verify import verify_checkpoint
 from demo2eval.cli import run
 from demo2eval.config import Evaluation, Milestones
 from demo2eval.errors import UserError
@@ -74,7 +75,7 @@ def record_videos(
         seeds = list_seeds(evaluation)
         if rollouts:
             seeds = failed_seeds(rollouts, checkpoint)[: evaluation.num_videos]
-        folder = checkpoint.with_suffix("")
+        folder = verify_checkpoint(checkpoint, "params", "assets")
         episode_settings = make_episode_settings(
             read_policy_metadata(folder), task, object, milestones, evaluation, record_frames=True
         )

@@ -66,7 +66,9 @@ class Pi0Config:
         discrete_state_input: the state is written into the prompt (Pi0.5).
         continuous_state_token: the state is one more prefix token (Pi0.5). It is for small models
             that are trained from scratch; openpi has no such switch.
-        remat: recompute activations of each layer in the backward pass.
+        remat: what the backward pass computes again to save memory: "none"; "elementwise", all but
+            the outputs of matrix products and attention; "vision", and of the vision encoder
+            everything; or "all".
     """
 
     family: str
@@ -80,7 +82,7 @@ class Pi0Config:
     dtype: str = "bfloat16"
     discrete_state_input: bool = True
     continuous_state_token: bool = False
-    remat: bool = True
+    remat: str = "all"
 
     @property
     def is_pi05(self) -> bool:
@@ -113,7 +115,7 @@ TINY = {
     ),
     "vocab_size": 512,
     "dtype": "float32",
-    "remat": False,
+    "remat": "none",
 }
 TINY_LORA = {
     name: dataclasses.replace(TINY[name], lora=LoraConfig(4, 4.0, 4, 4.0)) for name in LORA
@@ -129,7 +131,7 @@ SMALL = {
         width=256, depth=6, mlp_dim=1024, num_heads=4, patch_size=16, image_size=128
     ),
     "vocab_size": 512,
-    "remat": False,
+    "remat": "none",
 }
 VARIANTS = {
     "pi05": PI05,

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from demo2eval.pi0.config import GemmaConfig
-from demo2eval.pi0.layers import apply_layers, dense, fused_attention, has_fused_attention
+from demo2eval.pi0.layers import dense, fused_attention, has_fused_attention
 
 MASKED_LOGIT = -2.3819763e38
 ROPE_BASE = 10_000
@@ -101,8 +102,8 @@ def feed_forward(
     if "gate_and_up" in params:  # joined by sampling.fold_params
         gate, up = jnp.split(x @ params["gate_and_up"], 2, axis=-1)
         return (jax.nn.gelu(gate, approximate=True) * up) @ params["down"]
-    gate = jax.nn.gelu(matmul("gating_einsum", x, 0), approximate=True)
-    return matmul("linear", gate * matmul("gating_einsum", x, 1))
+    gate, up = (checkpoint_name(matmul("gating_einsum", x, index), "hidden") for index in (0, 1))
+    return matmul("linear", jax.nn.gelu(gate, approximate=True) * up)
 
 
 def attend(
@@ -185,6 +186,7 @@ def block(
     query = apply_rope(query, positions) * configs[0].head_dim ** -0.5
     key = apply_rope(jnp.concatenate(keys, axis=1), positions)
     value = jnp.concatenate(values, axis=1)
+    query, key, value = (checkpoint_name(array, "qkv") for array in (query, key, value))
     if kv_cache is not None:
         key, value = (
             jnp.concatenate([cached, new], axis=1)
@@ -192,13 +194,14 @@ def block(
             else jax.lax.dynamic_update_slice_in_dim(cached, new, cache_offset, axis=1)
             for cached, new in zip(kv_cache, (key, value), strict=True)
         )
-    encoded, start, outputs = attend(query, key, value, attn_mask), 0, list(tokens)
+    encoded = attend(query, key, value, attn_mask)
+    start, outputs = 0, list(tokens)
     for index, x in enumerate(tokens):
         if x is None:
             continue
         config, suffix, end = configs[index], suffixes[index], start + x.shape[1]
         attention_out = project_out(encoded[:, start:end], params["attn"], suffix, config)
-        x = gated_residual(x, attention_out, gates[index])
+        x = checkpoint_name(gated_residual(x, attention_out, gates[index]), "residual")
         normed, gate = rms_norm(params[f"pre_ffw_norm{suffix}"], x, adarms_cond[index])
         outputs[index] = gated_residual(
             x, feed_forward(params[f"mlp{suffix}"], normed, config), gate
@@ -257,35 +260,3 @@ def compute_kv(
     normed, _ = rms_norm(params["pre_attention_norm"], x, None)
     _, key, value = project_qkv(normed, params["attn"], "", config)
     return apply_rope(key, positions), value
-
-
-def forward(
-    configs: Sequence[GemmaConfig],
-    params: dict,
-    tokens: Sequence[Float[Array, "b _ _"]],
-    adarms_cond: Sequence[Float[Array, "b _"] | None],
-    positions: Int[Array, "b n"],
-    attn_mask: Bool[Array, "#b n n"],
-    remat: bool = False,
-) -> list[Float[Array, "b _ _"]]:
-    """Run all layers and the final norms.
-
-    Args:
-        params: the tree below PaliGemma/llm.
-        tokens: of each expert, n in all.
-        adarms_cond: of each expert, or None where norms are plain.
-        remat: recompute each layer in the backward pass.
-
-    Returns:
-        normed outputs of each expert.
-    """
-
-    def apply_block(layer_params, tokens):
-        return block(configs, layer_params, tokens, adarms_cond, positions, attn_mask)[0]
-
-    outputs = apply_layers(apply_block, params["layers"], list(tokens), remat=remat)
-    names = ["final_norm" if index == 0 else f"final_norm_{index}" for index in range(len(outputs))]
-    return [
-        rms_norm(params[name], x, cond)[0]
-        for name, x, cond in zip(names, outputs, adarms_cond, strict=True)
-    ]

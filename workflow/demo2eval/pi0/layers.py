@@ -1,6 +1,7 @@
 """What the vision encoder and the experts are built from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,7 +9,49 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-UNROLLED_DEPTH = 6
+SAVED_NAMES = ("qkv", "residual", "hidden")
+"""Outputs of matrix products that the backward pass needs: their blocks name them so."""
+
+
+@jax.custom_vjp
+def _use_copy(master: jax.Array, copy: jax.Array) -> jax.Array:
+    return copy
+
+
+_use_copy.defvjp(
+    lambda master, copy: (copy, None),
+    lambda _, gradient: (gradient.astype(jnp.float32), jnp.zeros_like(gradient)),
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CastWeight:
+    """A float32 weight that was cast once for many uses; the gradient goes to the float32 weight.
+
+    Attributes:
+        master: float32; never read.
+        copy: the same in the dtype of the computation.
+            Of stacked layers both are lists of each layer's.
+    """
+
+    master: Any
+    copy: Any
+
+    def astype(self, dtype) -> jax.Array:
+        """Return the copy, which must be of this dtype."""
+        assert dtype == self.copy.dtype
+        return _use_copy(self.master, self.copy)
+
+    def __getitem__(self, index) -> "CastWeight":
+        return CastWeight(self.master[index], self.copy[index])
+
+    def __len__(self) -> int:
+        return len(self.copy)
+
+    def reshape(self, *shape) -> "CastWeight":
+        """Reshape both."""
+        return CastWeight(self.master.reshape(*shape), self.copy.reshape(*shape))
 
 
 def dense(params: dict, x: Float[Array | np.ndarray, "*b i"]) -> Float[Array, "*b o"]:
@@ -16,9 +59,14 @@ def dense(params: dict, x: Float[Array | np.ndarray, "*b i"]) -> Float[Array, "*
     return x @ params["kernel"].astype(x.dtype) + params["bias"].astype(x.dtype)
 
 
-def has_fused_attention(dtype) -> bool:
-    """Whether this device computes attention of this dtype in one kernel (cuDNN's)."""
-    return jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+def has_fused_attention(dtype, length: int = 0) -> bool:
+    """Whether this device computes attention in one kernel (cuDNN's).
+
+    Args:
+        length: of queries and keys, if a gradient is wanted, which that kernel has for even ones.
+    """
+    is_half = dtype in (jnp.bfloat16, jnp.float16)
+    return jax.default_backend() == "gpu" and is_half and length % 2 == 0
 
 
 def fused_attention(
@@ -34,37 +82,54 @@ def fused_attention(
     """
     implementation = "cudnn" if has_fused_attention(query.dtype) else "xla"
     return jax.nn.dot_product_attention(
-        query, key, value, scale=scale, implementation=implementation
+        query,
+        key,
+        value,
+        scale=scale,
+        implementation=implementation,
     )
 
 
-def apply_layers(block: Callable, params: dict | list, carry: Any, *, remat: bool = False) -> Any:
+def _is_saved(primitive, *_, **parameters) -> bool:
+    """Whether the backward pass finds what a primitive computed, or computes it again."""
+    if primitive.name == "name":
+        return parameters["name"] in SAVED_NAMES
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+def apply_layers(
+    block: Callable, layers: Sequence[dict], carry: Any, *, remat: str = "none"
+) -> Any:
     """Apply `block` layer by layer.
 
-    Shallow models are unrolled, since a loop costs more than it saves there, above all on a CPU;
-    deep ones are scanned.
+    Layers are unrolled: a loop would copy each layer's weights and saved outputs out of stacks.
 
     Args:
         block: (parameters of the layer, carry) -> carry.
-        params: the layers' parameters, stacked along a leading axis of length depth; or a list of
-            each layer's, always unrolled.
-        remat: recompute each layer in the backward pass.
+        layers: the parameters of each layer.
+        remat: what the backward pass computes again: "none", "elementwise" (all but the outputs of
+            matrix products and attention) or "all" (each layer from its input).
 
     Returns:
         carry.
     """
-    block = jax.checkpoint(block, prevent_cse=False) if remat else block
-    if isinstance(params, dict):
-        depth = len(jax.tree.leaves(params)[0])
-        if depth > UNROLLED_DEPTH:
-            return jax.lax.scan(lambda carry, layer: (block(layer, carry), None), carry, params)[0]
-        params = unstack(params)
-    for layer in params:
+    if remat != "none":
+        block = jax.checkpoint(block, policy=_is_saved if remat == "elementwise" else None)
+    for layer in layers:
         carry = block(layer, carry)
     return carry
 
 
-def unstack(params: dict) -> list[dict]:
-    """Return the list of each layer's parameters, given them stacked along a leading axis."""
-    depth = len(jax.tree.leaves(params)[0])
-    return [jax.tree.map(lambda array, layer=layer: array[layer], params) for layer in range(depth)]
+def unstack(params: dict | list) -> list[dict]:
+    """Return the list of each layer's parameters, which may be stacked along a leading axis."""
+    if isinstance(params, list):
+        return params
+
+    def is_leaf(item) -> bool:
+        return isinstance(item, CastWeight)
+
+    depth = len(jax.tree.leaves(params, is_leaf=is_leaf)[0])
+    return [
+        jax.tree.map(lambda array, index=index: array[index], params, is_leaf=is_leaf)
+        for index in range(depth)
+    ]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from demo2eval.pi0 import gemma, siglip
 from demo2eval.pi0.config import Pi0Config
-from demo2eval.pi0.layers import dense, unstack
+from demo2eval.pi0.layers import apply_layers, dense, has_fused_attention, unstack
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
 
@@ -95,7 +95,8 @@ def embed_prefix(
     cameras = sorted(observation.images)
     pixels = jnp.concatenate([observation.images[camera] for camera in cameras])
     pixels = pixels / jnp.float32(255) * 2 - 1 if pixels.dtype == jnp.uint8 else pixels
-    image_tokens = siglip.encode(config.siglip, paligemma["img"], pixels, dtype, config.remat)
+    remat = "all" if config.remat == "vision" else config.remat
+    image_tokens = siglip.encode(config.siglip, paligemma["img"], pixels, dtype, remat)
     tokens = [
         *jnp.split(image_tokens, len(cameras)),
         gemma.embed(config.paligemma, paligemma["llm"], observation.tokenized_prompt, dtype),
@@ -191,58 +192,10 @@ def flow_loss(
     Returns:
         the mean over all action dimensions, padding included.
     """
-    x_t, u_t = add_noise(actions, noise, time)
-    prefix_tokens, prefix_mask = embed_prefix(config, params, observation)
-    suffix_tokens, suffix_ar_mask, adarms_cond = embed_suffix(
-        config, params, observation.state, x_t, time
-    )
-    if prefix_mask is None:
-        prefix_mask = jnp.ones(prefix_tokens.shape[:2], bool)
-    suffix_mask = jnp.ones(suffix_tokens.shape[:2], bool)
-    input_mask = jnp.concatenate([prefix_mask, suffix_mask], axis=1)
-    prefix_ar_mask = jnp.zeros(prefix_tokens.shape[1], bool)
-    ar_mask = jnp.concatenate([prefix_ar_mask, suffix_ar_mask])
-    _, suffix_out = gemma.forward(
-        (config.paligemma, config.action_expert),
-        params["PaliGemma"]["llm"],
-        [prefix_tokens, suffix_tokens],
-        [None, adarms_cond],
-        make_positions(input_mask),
-        make_attn_mask(input_mask, ar_mask),
-        remat=config.remat,
-    )
-    v_t = predict_v_t(config, params, suffix_out)
-    return jnp.mean(jnp.square(v_t - u_t), axis=-1)
+    return flow_losses(config, params, observation, actions, noise[None], time[None])[0]
 
 
-def compute_loss(
-    config: Pi0Config,
-    params: dict,
-    key: jax.Array,
-    observation: Observation,
-    actions: Actions,
-    num_noise_samples: int = 1,
-) -> Float[Array, "b ah"]:
-    """`flow_loss` at noise and time drawn from `key`, the same that openpi draws.
-
-    Time is Beta(1.5, 1) * 0.999 + 0.001.
-
-    Args:
-        num_noise_samples: draws per sample, of which the loss is the mean; images and prompt are
-            encoded once for all of them. openpi draws once.
-    """
-    # The first of the three is that of openpi's augmentation.
-    _, noise_key, time_key = jax.random.split(key, 3)
-    draws = () if num_noise_samples == 1 else (num_noise_samples,)
-    noise = jax.random.normal(noise_key, (*draws, *actions.shape))
-    time = jax.random.beta(time_key, 1.5, 1, (*draws, *actions.shape[:1])) * 0.999 + 0.001
-    if num_noise_samples == 1:
-        return flow_loss(config, params, observation, actions, noise, time)
-    losses = flow_loss_shared_prefix(config, params, observation, actions, noise, time)
-    return losses.mean(axis=0)
-
-
-def flow_loss_shared_prefix(
+def flow_losses(
     config: Pi0Config,
     params: dict,
     observation: Observation,
@@ -250,35 +203,99 @@ def flow_loss_shared_prefix(
     noise: Float[Array | np.ndarray, "k b ah ad"],
     time: Float[Array | np.ndarray, "k b"],
 ) -> Float[Array, "k b ah"]:
-    """`flow_loss` of k draws of noise and time.
+    """`flow_loss` of k draws of noise and time; images and prompt go through PaliGemma once."""
+    x_t, u_t = jax.vmap(add_noise, in_axes=(None, 0, 0))(actions, noise, time)
+    suffix_tokens, ar_mask, adarms_cond = jax.vmap(
+        lambda x_t, time: embed_suffix(config, params, observation.state, x_t, time),
+        out_axes=(0, None, 0),
+    )(x_t, time)
+    suffix_out = run_experts(config, params, observation, suffix_tokens, ar_mask, adarms_cond)
+    v_t = jax.vmap(lambda tokens: predict_v_t(config, params, tokens))(suffix_out)
+    return jnp.mean(jnp.square(v_t - u_t), axis=-1)
 
-    Images and prompt go through PaliGemma once. Its layers are unrolled: this is for small models.
+
+def run_experts(
+    config: Pi0Config,
+    params: dict,
+    observation: Observation,
+    suffix_tokens: Float[Array, "k b s d"],
+    ar_mask: Bool[Array, " s"],
+    adarms_cond: Float[Array, "k b d"] | None,
+) -> Float[Array, "k b s d"]:
+    """Run the prefix through PaliGemma, and k suffixes beside it through the action expert.
+
+    No suffix depends on more of the prefix's last layer than its keys and values, so the rest of
+    that layer is left out.
+
+    Returns:
+        the action expert's normed outputs.
     """
     prefix_tokens, prefix_mask = embed_prefix(config, params, observation)
+    length, suffix_length = prefix_tokens.shape[1], suffix_tokens.shape[2]
+    unmasked = prefix_mask is None and has_fused_attention(prefix_tokens.dtype, length)
     if prefix_mask is None:
         prefix_mask = jnp.ones(prefix_tokens.shape[:2], bool)
-    attn_mask = make_attn_mask(prefix_mask, jnp.zeros(prefix_tokens.shape[1], bool))
+    prefix_attn_mask = None
+    if not unmasked:
+        prefix_attn_mask = make_attn_mask(prefix_mask, jnp.zeros(length, bool))
+    suffix_attn_mask = make_suffix_attn_mask(prefix_mask, ar_mask)
     positions = make_positions(prefix_mask)
+    suffix_positions = prefix_mask.sum(axis=1)[:, None] + jnp.arange(suffix_length)
     llm, experts = params["PaliGemma"]["llm"], (config.paligemma, config.action_expert)
-    layers, tokens, kv_caches = unstack(llm["layers"]), [prefix_tokens], []
-    for layer in layers:
-        tokens, kv_cache = gemma.block(experts[:1], layer, tokens, [None], positions, attn_mask)
-        kv_caches.append(kv_cache)
 
-    def loss(noise, time):
-        x_t, u_t = add_noise(actions, noise, time)
-        suffix_tokens, ar_mask, adarms_cond = embed_suffix(
-            config, params, observation.state, x_t, time
-        )
-        attn_mask = make_suffix_attn_mask(prefix_mask, ar_mask)
-        positions = prefix_mask.sum(axis=1)[:, None] + jnp.arange(suffix_tokens.shape[1])
-        tokens = [None, suffix_tokens]
-        for layer, kv_cache in zip(layers, kv_caches, strict=True):
-            tokens, _ = gemma.block(
-                experts, layer, tokens, [None, adarms_cond], positions, attn_mask, kv_cache
+    def apply_suffix(layer, suffix_tokens, kv_cache):
+        def apply(tokens, adarms_cond):
+            (_, tokens), _ = gemma.block(
+                experts,
+                layer,
+                [None, tokens],
+                [None, adarms_cond],
+                suffix_positions,
+                suffix_attn_mask,
+                kv_cache,
             )
-        suffix_out, _ = gemma.rms_norm(llm["final_norm_1"], tokens[1], adarms_cond)
-        v_t = predict_v_t(config, params, suffix_out)
-        return jnp.mean(jnp.square(v_t - u_t), axis=-1)
+            return tokens
 
-    return jax.vmap(loss)(noise, time)
+        return jax.vmap(apply)(suffix_tokens, adarms_cond)
+
+    def apply_both(layer, tokens):
+        prefix_tokens, suffix_tokens = tokens
+        (prefix_out,), kv_cache = gemma.block(
+            experts[:1],
+            layer,
+            [prefix_tokens],
+            [None],
+            positions,
+            prefix_attn_mask,
+        )
+        return prefix_out, apply_suffix(layer, suffix_tokens, kv_cache)
+
+    *layers, last_layer = unstack(llm["layers"])
+    remat = "elementwise" if config.remat == "vision" else config.remat
+    prefix_tokens, suffix_tokens = apply_layers(
+        apply_both, layers, (prefix_tokens, suffix_tokens), remat=remat
+    )
+    kv_cache = gemma.compute_kv(config.paligemma, last_layer, prefix_tokens, positions)
+    suffix_tokens = apply_suffix(last_layer, suffix_tokens, kv_cache)
+    return jax.vmap(lambda x, cond: gemma.rms_norm(llm["final_norm_1"], x, cond)[0])(
+        suffix_tokens, adarms_cond
+    )
+
+
+def draw_noise(
+    key: jax.Array, shape: tuple[int, ...], num_noise_samples: int = 1
+) -> tuple[Float[Array, "k b ah ad"], Float[Array, "k b"]]:
+    """Draw noise and time for a batch, the same that openpi draws from a step's key.
+
+    Time is Beta(1.5, 1) * 0.999 + 0.001.
+
+    Args:
+        shape: of the actions, (b, ah, ad).
+        num_noise_samples: draws k per sample; openpi draws once.
+    """
+    # The first of the three is that of openpi's augmentation.
+    _, noise_key, time_key = jax.random.split(key, 3)
+    draws = () if num_noise_samples == 1 else (num_noise_samples,)
+    noise = jax.random.normal(noise_key, (*draws, *shape))
+    time = jax.random.beta(time_key, 1.5, 1, (*draws, *shape[:1])) * 0.999 + 0.001
+    return noise.reshape(num_noise_samples, *shape), time.reshape(num_noise_samples, shape[0])

@@ -5,6 +5,7 @@ of length `depth`.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,11 @@ from jax.nn.initializers import ones, zeros
 
 from demo2eval.pi0.config import GemmaConfig, Pi0Config, SiglipConfig
 
+IS_CAST = re.compile(
+    r"PaliGemma/(img/(Transformer/encoderblock/M|head)"
+    r"|llm/layers/.*/(w|lora_a|lora_b|gating_einsum\w*|linear\w*|kernel|bias)$)"
+)
+"""Names of the weights that the model casts before each use."""
 Initializer = Callable[..., jax.Array]
 Row = tuple[str, tuple[int, ...], Initializer]
 

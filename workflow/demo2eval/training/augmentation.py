@@ -1,7 +1,7 @@
 """Augmentation of training images: openpi's, and random shifts, which openpi has not."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import jax
@@ -13,8 +13,10 @@ JITTER_PROBABILITY = 0.5
 BRIGHTNESS, CONTRAST, HUE = 0.3, 0.4, 0.1
 
 
-def augment(key: jax.Array, images: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Augment training images as openpi does; the same key gives the same images as there.
+def augment(keys: jax.Array, images: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Augment training images as openpi does.
+
+    With `jax.random.split(key, batch size)` of a key they are the same images as there.
 
     Images of cameras without "wrist" in the name are cropped to 95 % at a random position, resized
     back and rotated by up to 5 degrees, in one bilinear resampling with black outside. Then the
@@ -22,7 +24,7 @@ def augment(key: jax.Array, images: Mapping[str, jax.Array]) -> dict[str, jax.Ar
     cameras share its random numbers.
 
     Args:
-        key: a JAX random key.
+        keys: a JAX random key of each sample.
         images: camera -> float32 [b, h, w, 3] in [-1, 1].
 
     Returns:
@@ -31,7 +33,6 @@ def augment(key: jax.Array, images: Mapping[str, jax.Array]) -> dict[str, jax.Ar
     augmented = {}
     for camera, batch in images.items():
         augment_image = _augment_wrist_image if "wrist" in camera else _augment_image
-        keys = jax.random.split(key, batch.shape[0])
         augmented[camera] = jax.vmap(augment_image)(keys, batch / 2 + 0.5) * 2 - 1
     return augmented
 
@@ -125,23 +126,24 @@ def _adjust_contrast(value: jax.Array, amount: jax.Array) -> jax.Array:
     return jnp.where((value < knee) | (value > 1 - knee), outer, slope * (value - 0.5) + 0.5)
 
 
-def random_shift(
-    key: jax.Array, images: Mapping[str, jax.Array], max_pixels: int
-) -> dict[str, jax.Array]:
-    """Shift each image by up to `max_pixels` either way, its edge repeated (Yarats et al., 2021).
-
-    Args:
-        images: camera -> [b, h, w, 3]; every image of every camera is shifted by itself.
-    """
-    keys = jax.random.split(key, len(images))
+def draw_shifts(key: jax.Array, cameras: Iterable[str], batch_size: int, max_pixels: int) -> dict:
+    """Draw for each image of each camera how far `shift` moves it, int32 [b, 2] in pixels."""
+    names = sorted(cameras)
+    keys = jax.random.split(key, len(names))
     return {
-        camera: _shift(camera_key, images[camera], max_pixels)
-        for camera_key, camera in zip(keys, sorted(images), strict=True)
+        camera: jax.random.randint(camera_key, (batch_size, 2), 0, 2 * max_pixels + 1)
+        for camera_key, camera in zip(keys, names, strict=True)
     }
 
 
-def _shift(key: jax.Array, batch: jax.Array, max_pixels: int) -> jax.Array:
-    corners = jax.random.randint(key, (batch.shape[0], 2), 0, 2 * max_pixels + 1)
+def shift(batch: jax.Array, corners: jax.Array, max_pixels: int) -> jax.Array:
+    """Shift images [b, h, w, 3] by up to `max_pixels` either way, their edges repeated.
+
+    Yarats et al., 2021.
+
+    Args:
+        corners: from `draw_shifts`; `max_pixels` leaves an image where it was.
+    """
     border = (max_pixels, max_pixels)
     padded = jnp.pad(batch, ((0, 0), border, border, (0, 0)), mode="edge")
 

@@ -16,7 +16,13 @@ from demo2eval.cli import run
 from demo2eval.config import Actions, Dataset, Model, Replay
 from demo2eval.errors import UserError
 from demo2eval.pi0.config import Pi0Config, make_config, merge_overrides, without_lora
-from demo2eval.provenance import read_manifest, run_stage, sha256_text, to_json
+from demo2eval.provenance import (
+    read_manifest,
+    run_stage,
+    sha256_folder,
+    sha256_text,
+    to_json,
+)
 from demo2eval.robots import Robot, delta_action_mask
 
 
@@ -107,6 +113,7 @@ def init_checkpoint(
             [folder / "assets"],
             digest=sha256_text(digest + to_json(asdict(policy))),
             step=0,
+            sha256={name: sha256_folder(folder / name) for name in ("params", "assets")},
             parameters=parameter_count(policy.config),
             dataset=read_manifest(norm_stats)["inputs"]["dataset"][0]["digest"],
         )

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from demo2eval.checkpoints.openpi import load_params
 from demo2eval.errors import UserError
 from demo2eval.pi0.config import Pi0Config
 from demo2eval.pi0.params import split_trainable, unflatten
+from demo2eval.training.host_ema import HostEma
+from demo2eval.training.sharding import place
 
 FlatParams = dict[str, Any]
 """Arrays by openpi's names, "PaliGemma/llm/..."."""
@@ -30,7 +33,7 @@ class TrainState:
         params: parameters that are trained, float32.
         frozen: parameters that LoRA does not train, bfloat16.
         opt_state: the optimizer's state.
-        ema: moving average of `params`; None without EMA.
+        ema: moving average of `params`; None without EMA, or if it is in the host's memory.
     """
 
     params: FlatParams
@@ -50,48 +53,82 @@ def init_train_state(
     config: Pi0Config,
     optimizer: optax.GradientTransformation,
     ema_decay: float | None,
-) -> TrainState:
+    *,
+    mesh: Mesh,
+    saved: Path | None = None,
+    ema_on_host: bool = False,
+) -> tuple[TrainState, HostEma | None]:
     """Return the state in which training left a checkpoint; at step 0 a fresh one.
 
     Args:
         checkpoint: its folder.
+        step: of the checkpoint.
+        mesh: of the devices that will hold the state.
+        saved: a state that was saved on the way from this checkpoint to the next, to take instead.
+        ema_on_host: keep the moving average in the host's memory.
+
+    Returns:
+        (state, moving average on the host or None).
 
     Raises:
         UserError: if the weights or the training state are missing, damaged or of another model.
     """
     loaded, frozen = split_trainable(config, load_params(checkpoint / "params", config))
-    if step == 0:
-        params = {name: jnp.asarray(value, jnp.float32) for name, value in loaded.items()}
-        opt_state = optimizer.init(params)
+    average = loaded
+    if saved is None and step == 0:
+        params = place(mesh, {name: np.asarray(loaded[name], np.float32) for name in loaded})
+        opt_state = jax.jit(optimizer.init)(params)
     else:
-        params, opt_state = load_train_state(checkpoint / "train_state", optimizer)
-    ema = None
-    if ema_decay is not None:
+        params, opt_state, saved_ema = load_train_state(
+            saved or checkpoint / "train_state", optimizer
+        )
+        average = saved_ema or average
+    host_ema = ema = None
+    if ema_decay is not None and ema_on_host:
+        host_ema = HostEma(average, ema_decay)
+    elif ema_decay is not None:
         # A copy: the step's buffers are donated, so nothing may be in the state twice.
-        ema = {name: jnp.array(value, jnp.float32, copy=True) for name, value in loaded.items()}
-    return jax.device_put(TrainState(params, frozen, opt_state, ema))
+        ema = {name: jnp.array(value, jnp.float32, copy=True) for name, value in average.items()}
+    return place(mesh, TrainState(params, frozen, opt_state, ema)), host_ema
 
 
-def save_train_state(path: Path, state: TrainState) -> None:
-    """Write `params` and `opt_state`; the rest is in the checkpoint's `params`.
+class StateSaver:
+    """Writes training states; the files are written while training goes on."""
 
-    Args:
-        path: the folder `<step>/train_state`, which must not exist.
-        state: the leaves of its `opt_state` are stored in order, since the optimizer tells their
-            structure.
-    """
-    leaves = {f"{index:04d}": leaf for index, leaf in enumerate(jax.tree.leaves(state.opt_state))}
-    tree = {"params": state.params, "opt_state": leaves}
-    ocp.PyTreeCheckpointer().save(path.absolute(), tree)
+    def __init__(self):
+        """Open one checkpointer for all saves: each would keep memory of its own."""
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        self._checkpointer = ocp.AsyncCheckpointer(handler)
+
+    def save(self, path: Path, state: TrainState, ema: FlatParams | None = None) -> None:
+        """Begin to write `params`, `opt_state` and, if given, `ema`; the rest is elsewhere.
+
+        The folder `path` must not exist; it appears when it is whole.
+
+        Args:
+            path: the folder.
+            state: the leaves of its `opt_state` are stored in order, since the optimizer tells
+                their structure.
+            ema: the moving average, if the weights of a checkpoint do not hold it.
+        """
+        leaves = {
+            f"{index:04d}": leaf for index, leaf in enumerate(jax.tree.leaves(state.opt_state))
+        }
+        tree = {"params": state.params, "opt_state": leaves} | ({"ema": ema} if ema else {})
+        self._checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
+
+    def wait(self) -> None:
+        """Wait until what was saved is written."""
+        self._checkpointer.wait_until_finished()
 
 
 def load_train_state(
     path: Path, optimizer: optax.GradientTransformation
-) -> tuple[FlatParams, optax.OptState]:
-    """Read what `save_train_state` wrote.
+) -> tuple[FlatParams, optax.OptState, FlatParams | None]:
+    """Read what `StateSaver` wrote.
 
     Returns:
-        (params, opt_state), arrays of numpy, bit for bit those that were saved.
+        (params, opt_state, ema or None), arrays of numpy, bit for bit those that were saved.
 
     Raises:
         UserError: if the folder is missing or damaged, or was written with another optimizer.
@@ -120,7 +157,7 @@ def load_train_state(
     leaves = [saved["opt_state"][key] for key in sorted(saved["opt_state"])]
     if structure.num_leaves != len(leaves):
         raise UserError(f"{path} was written with another optimizer; train from step 0 again.")
-    return saved["params"], jax.tree.unflatten(structure, leaves)
+    return saved["params"], jax.tree.unflatten(structure, leaves), saved.get("ema")
 
 
 def tree_digest(tree: Any) -> str:
@@ -130,7 +167,9 @@ def tree_digest(tree: Any) -> str:
         path, leaf = item
         array = np.ascontiguousarray(np.asarray(leaf))
         header = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode()
-        return hashlib.sha256(header + array.tobytes()).hexdigest()
+        content = hashlib.sha256(header)
+        content.update(array.reshape(-1).view(np.uint8))
+        return content.hexdigest()
 
     with ThreadPoolExecutor(8) as pool:
         digests = pool.map(digest, jax.tree_util.tree_leaves_with_path(tree))

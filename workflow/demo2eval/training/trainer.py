@@ -1,0 +1,281 @@
+"""The training loop: compiled steps, the moving average, metrics, and saves on the way."""
+
+import csv
+import dataclasses
+import functools
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from demo2eval.config import Training
+from demo2eval.data.loader import BatchLoader, prefetch
+from demo2eval.errors import UserError
+from demo2eval.pi0.config import Pi0Config
+from demo2eval.training.budget import PEAK_FLOPS, StepPlan, flops_per_sample
+from demo2eval.training.host_ema import HostEma
+from demo2eval.training.sharding import AXES, shard_state
+from demo2eval.training.state import StateSaver, TrainState
+from demo2eval.training.step import compute_gradients, update_state
+
+LOG_INTERVAL = 20
+COLUMNS: tuple[str, ...] = ("step", "loss", "grad_norm", "learning_rate")
+
+
+class Stopped(Exception):
+    """The job was told to stop; its state is saved."""
+
+
+class Metrics:
+    """metrics.csv, a row for each step, none twice."""
+
+    def __init__(self, path: Path, step: int):
+        """Open a file that may hold rows already; those after `step` are dropped.
+
+        Args:
+            step: number of steps that were done.
+        """
+        self.path = path
+        rows = []
+        if path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        self._file = open(path, "w", newline="")  # noqa: SIM115
+        self._table = csv.DictWriter(self._file, COLUMNS)
+        self._table.writeheader()
+        self._table.writerows(rows)
+
+    def write(self, rows: Iterable[dict]) -> None:
+        """Append rows, and see to it that a kill loses none of them."""
+        self._table.writerows(rows)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class SavedStates:
+    """Training states that were saved on the way to a checkpoint, the newest of which is kept."""
+
+    def __init__(self, folder: Path, saver: StateSaver):
+        """Take the folder of the states, <folder>/<step>."""
+        self._folder, self._saver = folder, saver
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if not path.name.isdigit():  # a save that a kill cut short
+                shutil.rmtree(path)
+
+    @property
+    def newest(self) -> Path | None:
+        """The folder of the newest whole state, or None."""
+        return max(self._folder.iterdir(), key=lambda path: int(path.name), default=None)
+
+    def save(self, step: int, state: TrainState, ema: dict | None) -> None:
+        """Begin to save a state; the one before is removed when the next save begins."""
+        self._saver.wait()
+        whole = self.newest
+        for path in self._folder.iterdir():
+            if path != whole:
+                shutil.rmtree(path)
+        self._saver.save(self._folder / str(step), state, ema)
+
+
+@dataclasses.dataclass
+class Trainer:
+    """What a training needs besides its state.
+
+    Attributes:
+        plan: how a step is computed.
+        stop: set when the job is to stop.
+    """
+
+    config: Pi0Config
+    training: Training
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    mesh: Mesh
+    plan: StepPlan
+    loader: BatchLoader
+    seed: int
+    stop: threading.Event
+
+    def train(
+        self,
+        state: TrainState,
+        host_ema: HostEma | None,
+        steps: range,
+        metrics: Metrics,
+        saved: SavedStates,
+    ) -> TrainState:
+        """Train and return the last state.
+
+        Args:
+            host_ema: the moving average, if it is in the host's memory.
+            steps: to do.
+            metrics: where a row of each step goes.
+            saved: where states are saved on the way.
+
+        Raises:
+            UserError: if the loss or the gradient is not finite.
+            Stopped: after a save, if the job is told to stop.
+        """
+        step_function = self._compile(host_ema is not None)
+        ema_decay = None if host_ema else self.training.ema_decay
+        update = jax.jit(
+            functools.partial(update_state, self.optimizer, ema_decay),
+            donate_argnums=0,
+            out_shardings=(shard_state(self.mesh, state), None),
+        )
+        root_key, pending, progress = jax.random.key(self.seed), [], self._progress(steps)
+        last_save, behind = time.monotonic(), False
+        for step, batch in zip(steps, progress.watch(self._batches(steps)), strict=True):
+            key = jax.random.fold_in(root_key, step)
+            (losses, gradients), before = step_function(state.params, state.frozen, batch, key)
+            state, values = update(state, losses, gradients)
+            del gradients
+            if host_ema and behind:
+                host_ema.update(before)
+            behind = True
+            pending.append(values)
+            done = step + 1
+            minutes = (time.monotonic() - last_save) / 60
+            is_due = (
+                self.training.save_minutes is not None and minutes >= self.training.save_minutes
+            )
+            is_due = (is_due or self.stop.is_set()) and done < steps.stop
+            if done % LOG_INTERVAL and done < steps.stop and not is_due:
+                continue
+            rows = self._fetch(pending, done)
+            metrics.write(rows)
+            progress.show(rows)
+            pending.clear()
+            if host_ema and (is_due or done == steps.stop):
+                host_ema.update(jax.device_put(state.params, self._host))
+                host_ema.wait()
+                behind = False
+            if is_due:
+                saved.save(done, state, host_ema.arrays if host_ema else state.ema)
+                last_save = time.monotonic()
+                if self.stop.is_set():
+                    raise Stopped(done)
+        progress.close()
+        return state
+
+    def _compile(self, copies_params: bool) -> Callable:
+        """Return `compute_gradients` as a function of parameters, batch and key, compiled.
+
+        Its second result is None, or the parameters that it was given, in the host's memory.
+        """
+        config = dataclasses.replace(self.config, remat=self.plan.remat)
+        per_device = self.training.batch_size // self.mesh.size
+        num_micro_batches = per_device // self.plan.micro_batch_size
+
+        def function(params, frozen, batch, key):
+            result = compute_gradients(
+                config, self.training, self.mesh, num_micro_batches, params, frozen, batch, key
+            )
+            return result, jax.device_put(params, self._host) if copies_params else None
+
+        on_gpu = jax.default_backend() == "gpu"
+        return jax.jit(
+            function,
+            out_shardings=(None, self._host if copies_params else None),
+            # For large products cuBLAS alone is faster than with Triton's beside it.
+            compiler_options={"xla_gpu_enable_triton_gemm": False} if on_gpu else None,
+        )
+
+    @property
+    def _host(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(), memory_kind="pinned_host")
+
+    def _batches(self, steps: range) -> Iterator[dict]:
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXES))
+
+        def load() -> Iterator[dict]:
+            for step in steps:
+                batch = self.loader.load_batch(step, self.training.batch_size, self.seed)
+                yield jax.device_put(batch, sharding)
+
+        return prefetch(load(), depth=2)
+
+    def _fetch(self, pending: list[dict], done: int) -> list[dict]:
+        """Return the rows of the last steps, and refuse to go on from what is not finite."""
+        rows = []
+        first = done - len(pending)
+        for index, values in enumerate(jax.device_get(pending)):
+            step, loss, norm = first + index, float(values["loss"]), float(values["grad_norm"])
+            if not np.isfinite([loss, norm]).all():
+                episodes = self.loader.batch_episodes(step, self.training.batch_size, self.seed)
+                raise UserError(
+                    f"step {step + 1} has a loss of {loss} and a gradient norm of {norm}; lower "
+                    "training.peak_lr, or look at the norm stats' ranges.csv. The batch was of "
+                    f"episodes {', '.join(map(str, episodes[:20]))}"
+                    f"{' and others' if len(episodes) > 20 else ''}."
+                )
+            rate = float(np.asarray(self.schedule(step)))
+            values = (step + 1, loss, norm, rate)
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+        return rows
+
+    def _progress(self, steps: range) -> "Progress":
+        flops = flops_per_sample(
+            self.config, self.loader.num_cameras, self.training.num_noise_samples
+        )
+        return Progress(steps, self.training.batch_size, flops)
+
+
+class Progress:
+    """A bar with samples and share of the device's peak (MFU), loss, and time waited for data."""
+
+    def __init__(self, steps: range, batch_size: int, flops: float):
+        """Take the steps to do, samples per step, and operations per sample."""
+        kind = jax.devices()[0].device_kind
+        peaks = [peak for name, peak in PEAK_FLOPS.items() if name in kind]
+        self._peak = peaks[0] * jax.device_count() if peaks else None
+        self._flops, self._batch_size = flops, batch_size
+        self._waited, self._shown = 0.0, time.monotonic()
+        self._bar = tqdm(
+            initial=steps.start, total=steps.stop, unit="step", mininterval=2, desc="training"
+        )
+
+    def watch(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """Yield batches and take the time that each is waited for."""
+        while True:
+            started = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
+
+    def show(self, rows: list[dict]) -> None:
+        """Show the steps since the last call."""
+        seconds = time.monotonic() - self._shown
+        rate = self._batch_size * len(rows) / seconds
+        fields = {"loss": f"{np.mean([row['loss'] for row in rows]):.4f}"}
+        fields["grad_norm"] = f"{np.mean([row['grad_norm'] for row in rows]):.3g}"
+        fields["samples/s"] = f"{rate:.1f}"
+        if self._peak:
+            fields["MFU"] = f"{100 * rate * self._flops / self._peak:.1f}%"
+        fields["data"] = f"{100 * self._waited / seconds:.0f}%"
+        self._bar.set_postfix(fields, refresh=False)
+        self._bar.update(len(rows))
+        self._waited, self._shown = 0.0, time.monotonic()
+
+    def close(self) -> None:
+        """End the bar's line."""
+        self._bar.close()
+
+
+def device_memory() -> int | None:
+    """Return the bytes that JAX may use of each device, or None where there is no such limit."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") if jax.default_backend() == "gpu" else None
