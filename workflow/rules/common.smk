@@ -206,12 +206,14 @@ def shard_seed(wildcards):
     return run_of_demos(wildcards).demos.first_seed + int(wildcards.shard) * settings.SHARD_SEEDS
 
 
-def print_requirements():
-    """Print a table of the runs: parameters, how a step is computed on one GPU, disk."""
+def print_requirements(file):
+    """Print a table of the runs, and write it: parameters, how a step is computed, disk."""
     import pandas as pd
     from demo2eval.training.budget import describe_run
 
-    print(pd.DataFrame(map(describe_run, RUNS.values())).to_string(index=False))
+    table = pd.DataFrame(map(describe_run, RUNS.values())).to_string(index=False)
+    file.write_text(table + "\n")
+    print(table)
 
 
 def check_requirements(jobs, reason_of, is_local):
