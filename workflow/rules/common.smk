@@ -212,7 +212,7 @@ def print_requirements(file):
     from demo2eval.training.budget import describe_run
 
     table = pd.DataFrame(map(describe_run, RUNS.values())).to_string(index=False)
-    file.write_text(table + "\n")
+    file.write_text(f"{table}\n")
     print(table)
 
 
