@@ -224,9 +224,6 @@ def check_requirements(jobs, reason_of, is_local):
         reason_of: from a job to the reason why.
         is_local: whether jobs run on this machine.
     """
-    from demo2eval.doctor import list_gpus
-    from demo2eval.training.budget import list_shortages
-
     jobs, problems = list(jobs), []
     runs = {job.wildcards.run for job in jobs if job.rule.name.endswith("init_checkpoint")}
     problems += [settings.missing_weights(get_run(name)) for name in sorted(runs)]
@@ -237,6 +234,10 @@ def check_requirements(jobs, reason_of, is_local):
     for name, train_jobs in sorted(training.items()):
         problems.append(finished_training(name, train_jobs, reason_of))
         if is_local:
+            # JAX takes seconds to import.
+            from demo2eval.doctor import list_gpus
+            from demo2eval.training.budget import list_shortages
+
             problems += list_shortages(get_run(name), len(train_jobs), Path("."), list_gpus())
     if any(job.rule.name.endswith("plan") for job in jobs) and not PLANNING_PYTHON.exists():
         problems.append("envs/planning/.venv does not exist: run `make setup`.")
