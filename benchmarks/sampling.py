@@ -89,14 +89,9 @@ def compute_floor(
     prefix = batch * (len(CAMERAS) * vision.num_patches + tokens)
     suffix = batch * (config.action_horizon + (0 if config.is_pi05 else 1))
 
-    def layer_weights(expert):
-        heads = expert.num_heads * expert.head_dim
-        kv_heads = expert.num_kv_heads * expert.head_dim
-        return expert.width * (2 * heads + 2 * kv_heads + 3 * expert.mlp_dim)
-
-    vision_weights = vision.depth * (4 * vision.width**2 + 2 * vision.width * vision.mlp_dim)
-    language_weights = (language.depth - 1) * layer_weights(language)
-    expert_weights = expert.depth * layer_weights(expert)
+    vision_weights = vision.depth * vision.layer_size
+    language_weights = (language.depth - 1) * language.layer_size
+    expert_weights = expert.depth * expert.layer_size
     attention = {
         "vision": 4 * cameras * vision.num_patches**2 * vision.width * vision.depth,
         "language": 4

@@ -110,7 +110,7 @@ def main() -> None:
     state = random_state(trainer, None if plan.ema_on_host else ema_decay)
     if plan.ema_on_host and ema_decay:
         host_ema = HostEma(jax.device_get(state.params), ema_decay)
-    step = trainer._compile(host_ema is not None)
+    step = trainer.compile_step(host_ema is not None)
     update = jax.jit(
         functools.partial(update_state, optimizer, None if host_ema else ema_decay),
         donate_argnums=0,

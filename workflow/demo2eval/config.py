@@ -691,12 +691,9 @@ def _model_contradictions(run: Run) -> Iterator[str]:
 def _approximate_size(config: Pi0Config) -> int:
     """Return about how many parameters a model has; only what is large counts."""
     size = config.vocab_size * config.paligemma.width
-    for gemma in (config.paligemma, config.action_expert):
-        attention = 2 * (gemma.num_heads + gemma.num_kv_heads) * gemma.head_dim
-        size += gemma.depth * gemma.width * (attention + 3 * gemma.mlp_dim)
-    siglip = config.siglip
-    size += siglip.depth * siglip.width * (4 * siglip.width + 2 * siglip.mlp_dim)
-    return size + siglip.num_patches * siglip.width
+    size += config.siglip.num_patches * config.siglip.width
+    parts = (config.paligemma, config.action_expert, config.siglip)
+    return size + sum(part.depth * part.layer_size for part in parts)
 
 
 def _training_contradictions(run: Run) -> Iterator[str]:

@@ -32,6 +32,12 @@ class GemmaConfig:
     head_dim: int
     lora: LoraConfig | None = None
 
+    @property
+    def layer_size(self) -> int:
+        """Values in the matrices of a layer, without LoRA."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.width * (attention + 3 * self.mlp_dim)
+
 
 @dataclass(frozen=True)
 class SiglipConfig:
@@ -48,6 +54,11 @@ class SiglipConfig:
     def num_patches(self) -> int:
         """Patches of one image, which are its tokens."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def layer_size(self) -> int:
+        """Values in the matrices of a layer."""
+        return self.width * (4 * self.width + 2 * self.mlp_dim)
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,7 @@ def fused_attention(
     """
     implementation = "cudnn" if has_fused_attention(query.dtype) else "xla"
     return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        scale=scale,
-        implementation=implementation,
+        query, key, value, scale=scale, implementation=implementation
     )
 
 

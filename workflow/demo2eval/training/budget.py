@@ -13,7 +13,7 @@ from pathlib import Path
 
 from demo2eval.config import Run, Training
 from demo2eval.errors import UserError
-from demo2eval.pi0.config import GemmaConfig, Pi0Config, SiglipConfig
+from demo2eval.pi0.config import Pi0Config
 from demo2eval.pi0.params import IS_CAST, is_trainable, param_table
 
 GIB = 2**30
@@ -105,22 +105,14 @@ def flops_per_sample(config: Pi0Config, num_cameras: int, num_noise_samples: int
     Nothing that is computed twice counts twice: this is what MFU is measured by (Chowdhery et al.,
     2022). Of the last layer the prefix needs keys and values alone.
     """
-
-    def layer(config: GemmaConfig) -> int:
-        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        return config.width * (2 * heads + 2 * kv_heads + 3 * config.mlp_dim)
-
-    def vision_layer(config: SiglipConfig) -> int:
-        return 4 * config.width**2 + 2 * config.width * config.mlp_dim
-
     vision, language, expert = config.siglip, config.paligemma, config.action_expert
     patches, tokens = _count_tokens(config, num_cameras)
     suffix = num_noise_samples * (config.action_horizon + (0 if config.is_pi05 else 1))
     heads = language.num_heads * language.head_dim
     products = (
-        patches * vision.depth * vision_layer(vision)
-        + tokens * (language.depth - 1) * layer(language)
-        + suffix * expert.depth * layer(expert)
+        patches * vision.depth * vision.layer_size
+        + tokens * (language.depth - 1) * language.layer_size
+        + suffix * expert.depth * expert.layer_size
     )
     attention = (
         patches * vision.num_patches * vision.width * vision.depth

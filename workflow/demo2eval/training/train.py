@@ -78,7 +78,7 @@ def _train(
     training: Training,
     state_noise: float,
 ) -> None:
-    from demo2eval.training.budget import JAX_SHARE
+    from demo2eval.training.budget import JAX_SHARE, plan_step
 
     # Else JAX takes three quarters of a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(JAX_SHARE))
@@ -87,7 +87,6 @@ def _train(
     from demo2eval.checkpoints.openpi import save_params
     from demo2eval.data.loader import BatchLoader
     from demo2eval.pi0.params import unflatten
-    from demo2eval.training.budget import plan_step
     from demo2eval.training.optimizer import make_optimizer, make_schedule
     from demo2eval.training.sharding import make_mesh
     from demo2eval.training.state import StateSaver, init_train_state, tree_digest
@@ -156,7 +155,6 @@ def _train(
     )
     folder, finished = job.output.with_suffix(""), job.partial / "finished"
     shutil.rmtree(finished, ignore_errors=True)
-    saver.wait()
     saver.save(finished / "train_state", state)
     if host_ema:
         eval_params = unflatten(host_ema.arrays | jax.device_get(state.frozen))

@@ -127,7 +127,7 @@ class Trainer:
             UserError: if the loss or the gradient is not finite.
             Stopped: after a save, if the job is told to stop.
         """
-        step_function = self._compile(host_ema is not None)
+        step_function = self.compile_step(host_ema is not None)
         ema_decay = None if host_ema else self.training.ema_decay
         update = jax.jit(
             functools.partial(update_state, self.optimizer, ema_decay),
@@ -169,7 +169,7 @@ class Trainer:
         progress.close()
         return state
 
-    def _compile(self, copies_params: bool) -> Callable:
+    def compile_step(self, copies_params: bool) -> Callable:
         """Return `compute_gradients` as a function of parameters, batch and key, compiled.
 
         Its second result is None, or the parameters that it was given, in the host's memory.
