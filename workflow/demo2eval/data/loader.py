@@ -78,20 +78,14 @@ class PromptTokenizer:
         self._tokenizer, self._prompt = tokenizer, prompt
         self._length, self._with_state = max_token_len, with_state
 
-    def tokenize(self, state: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return tokens int32 [b, l] and mask of normalized states [b, state dim].
-
-        The mask is bool [b, l], or None if no prompt can be padded.
-        """
+    def tokenize(self, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens int32 [b, l] and mask bool [b, l] of normalized states [b, state dim]."""
         states = state if self._with_state else [None]
         pairs = [self._tokenizer.tokenize(self._prompt, item, self._length) for item in states]
         tokens = np.array([tokens for tokens, _ in pairs], np.int32)
         mask = np.array([mask for _, mask in pairs], bool)
         shape = (len(state), tokens.shape[1])
-        tokens = np.broadcast_to(tokens, shape).copy()
-        if not self._with_state and mask.all():
-            return tokens, None
-        return tokens, np.broadcast_to(mask, shape).copy()
+        return np.broadcast_to(tokens, shape).copy(), np.broadcast_to(mask, shape).copy()
 
 
 class BatchLoader:
@@ -220,8 +214,7 @@ class BatchLoader:
             images: camera of the model -> uint8 [batch_size, image_size, image_size, 3].
             state: float32 [batch_size, action_dim], normalized, padded.
             actions: float32 [batch_size, horizon, action_dim], normalized, padded.
-            tokenized_prompt: int32 [batch_size, tokens].
-            tokenized_prompt_mask: bool [batch_size, tokens], or None if no prompt can be padded.
+            tokenized_prompt, tokenized_prompt_mask: int32 and bool [batch_size, tokens].
         """
         samples = draw_samples(step, batch_size, seed, len(self))
         rows = self._sample_row[samples]

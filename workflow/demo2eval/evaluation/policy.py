@@ -15,7 +15,7 @@ from demo2eval.pi0.image import resize_with_pad
 from demo2eval.pi0.model import Observation
 from demo2eval.pi0.normalize import load_norm_stats, normalize, unnormalize
 from demo2eval.pi0.sampling import compiler_options, fold_params, sample_folded
-from demo2eval.pi0.tokenizer import Tokenizer
+from demo2eval.pi0.tokenizer import Tokenizer, padding_mask
 from demo2eval.pi0.transforms import absolute_actions, pad
 
 BATCH_SIZES = {"cpu": 4, "gpu": 8}
@@ -133,13 +133,12 @@ class Policy:
             for state in normalized
         ]
         tokens, masks = (np.stack(arrays) for arrays in zip(*prompts, strict=True))
-        # With the state in it, the prompt's length changes from observation to observation.
-        padded = config.discrete_state_input or not masks.all()
+        mask = padding_mask(masks, config.discrete_state_input)
         return Observation(
             images=images,
             state=jnp.asarray(pad(normalized, config.action_dim), jnp.float32),
             tokenized_prompt=jnp.asarray(tokens),
-            tokenized_prompt_mask=jnp.asarray(masks) if padded else None,
+            tokenized_prompt_mask=None if mask is None else jnp.asarray(mask),
         )
 
     def transform_outputs(self, chunks: np.ndarray, states: np.ndarray) -> np.ndarray:

@@ -148,3 +148,15 @@ class Tokenizer:
         # The middle of the bin, so that rounding cannot leave it.
         value = -2.0 if longest < 0 else (longest + 0.5) / STATE_BINS * 2 - 1
         return max(len(self._tokens(prompt, np.full(state_dim, value))) for prompt in prompts)
+
+
+def padding_mask(mask: np.ndarray, with_state: bool) -> np.ndarray | None:
+    """Return the mask of a batch of prompts, or None if prompts of this kind are never padded.
+
+    With the state in it, a prompt's length changes from sample to sample.
+
+    Args:
+        mask: bool [b, l], False for padding.
+        with_state: whether the state is written into the prompt.
+    """
+    return mask if with_state or not mask.all() else None

@@ -19,6 +19,7 @@ from demo2eval.config import Training
 from demo2eval.data.loader import BatchLoader, prefetch
 from demo2eval.errors import UserError
 from demo2eval.pi0.config import Pi0Config
+from demo2eval.pi0.tokenizer import padding_mask
 from demo2eval.training.budget import PEAK_FLOPS, StepPlan, flops_per_sample
 from demo2eval.training.host_ema import HostEma
 from demo2eval.training.sharding import AXES, shard_state
@@ -202,6 +203,9 @@ class Trainer:
         def load() -> Iterator[dict]:
             for step in steps:
                 batch = self.loader.load_batch(step, self.training.batch_size, self.seed)
+                batch["tokenized_prompt_mask"] = padding_mask(
+                    batch["tokenized_prompt_mask"], self.config.discrete_state_input
+                )
                 yield jax.device_put(batch, sharding)
 
         return prefetch(load(), depth=2)
