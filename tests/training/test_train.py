@@ -16,6 +16,7 @@ from demo2eval.checkpoints.openpi import load_params
 from demo2eval.config import Actions, Training
 from demo2eval.data.loader import BatchLoader
 from demo2eval.errors import UserError
+from demo2eval.pi0.params import flatten, round_params
 from demo2eval.provenance import read_manifest
 from demo2eval.training import budget
 from demo2eval.training.optimizer import make_optimizer, make_schedule
@@ -120,6 +121,19 @@ def test_the_loss_falls_and_is_logged(pushcube_run, tmp_path):
 def at_step_6(pushcube_run, tmp_path) -> Path:
     """A folder of checkpoints whose newest is 6."""
     return train_steps(pushcube_run, [3, 6], tmp_path / "checkpoints")
+
+
+def test_weights_in_bfloat16_change_nothing_that_is_trained(pushcube_run, at_step_6, tmp_path):
+    rounded = train_steps(pushcube_run, [3, 6], tmp_path / "rounded", params_dtype="bfloat16") / "6"
+    optimizer = make_optimizer(make_schedule(1, 1e-3, 10, 1e-4))
+    expected = load_train_state(at_step_6 / "6/train_state", optimizer)
+    params, opt_state, ema = load_train_state(rounded / "train_state", optimizer)
+    jax.tree.map(np.testing.assert_array_equal, (params, opt_state), expected[:2])
+    average = flatten(load_params(at_step_6 / "6/params"))
+    jax.tree.map(np.testing.assert_array_equal, ema, average)
+    weights = flatten(load_params(rounded / "params"))
+    jax.tree.map(np.testing.assert_array_equal, weights, round_params(average))
+    assert {str(array.dtype) for array in weights.values()} == {"bfloat16", "float32"}
 
 
 @pytest.mark.parametrize("how", ["crash", "told to stop"])

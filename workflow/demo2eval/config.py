@@ -282,6 +282,18 @@ class Training(Section):
         "that was killed; null: none",
         json_schema_extra=SCHEDULE,
     )
+    params_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of those weights in a checkpoint that the model casts before each use; "
+        "bfloat16 takes two fifths less disk and rolls out the same. The training state keeps "
+        "float32",
+    )
+    tracker: Literal["tensorboard", "wandb"] | None = Field(
+        default=None,
+        description="shows metrics there too while training; needs uv sync --extra tensorboard or "
+        "wandb",
+        json_schema_extra=SCHEDULE,
+    )
     warmup_steps: Int = Field(
         default=1000,
         ge=0,

@@ -189,6 +189,11 @@ def all_rollouts(wildcards):
     ]
 
 
+def all_metrics(wildcards):
+    steps = get_run(wildcards.run).steps[1:]
+    return [f"results/{wildcards.run}/checkpoints/{step}/metrics.csv" for step in steps]
+
+
 def last_video(wildcards):
     return f"results/{wildcards.run}/videos/{get_run(wildcards.run).steps[-1]}.mp4"
 
@@ -204,6 +209,17 @@ def shard_demos(wildcards):
 def shard_seed(wildcards):
     """The first seed of a planned shard."""
     return run_of_demos(wildcards).demos.first_seed + int(wildcards.shard) * settings.SHARD_SEEDS
+
+
+def prune_runs():
+    """Remove the weights that were evaluated and are not kept (training.keep_period), of all runs."""
+    from demo2eval.training.train import prune_checkpoints
+
+    for name, run in RUNS.items():
+        checkpoints = Path(f"results/{name}/checkpoints")
+        steps = [int(path.stem) for path in checkpoints.glob("[0-9]*.json")]
+        if steps:
+            prune_checkpoints(checkpoints, max(steps), run.training.keep_period)
 
 
 def print_requirements(file):

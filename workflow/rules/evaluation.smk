@@ -64,6 +64,7 @@ rule success_table:
     input:
         rollouts=all_rollouts,
         video=last_video,
+        loss_curve="results/{run}/loss.png",
     output:
         table="results/{run}/success.csv",
         curve="results/{run}/success.png",

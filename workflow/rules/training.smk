@@ -51,6 +51,7 @@ rule train:
         fsdp_devices=schedule("training.fsdp_devices"),
         save_minutes=schedule("training.save_minutes"),
         keep_period=schedule("training.keep_period"),
+        tracker=schedule("training.tracker"),
     params:
         seed=field("seed"),
         training=section("training"),
@@ -62,6 +63,32 @@ rule train:
         " --training {params.training:q} --training.micro_batch_size {resources.micro_batch_size}"
         " --training.remat {resources.remat} --training.fsdp_devices {resources.fsdp_devices}"
         " --training.save_minutes {resources.save_minutes}"
-        " --training.keep_period {resources.keep_period} --actions {params.actions:q}"
-        " --output {output.manifest:q}"
+        " --training.keep_period {resources.keep_period} --training.tracker {resources.tracker}"
+        " --actions {params.actions:q} --output {output.manifest:q}"
         " 2>&1 | tee {log:q}"
+
+
+rule loss_curve:
+    input:
+        all_metrics,
+    output:
+        table="results/{run}/metrics.csv",
+        curve="results/{run}/loss.png",
+    log:
+        "results/{run}/logs/loss_curve.log",
+    benchmark:
+        "results/{run}/benchmarks/loss_curve.tsv"
+    params:
+        metrics=as_json,
+        code=code("training.loss_curve"),
+    shell:
+        "$PYTHON -m demo2eval.training.loss_curve --run {wildcards.run:q} --metrics {params.metrics:q}"
+        " --table {output.table:q} --curve {output.curve:q} 2>&1 | tee {log:q}"
+
+
+# Not part of the chain: what keep_period does not keep goes when later checkpoints are trained, and
+# here, once all are evaluated.
+rule prune:
+    localrule: True
+    run:
+        prune_runs()

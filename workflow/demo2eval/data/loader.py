@@ -207,22 +207,28 @@ class BatchLoader:
                 f"of {cache}."
             )
 
-    def load_batch(self, step: int, batch_size: int, seed: int) -> dict:
-        """Return the batch of a training step.
+    def load_batch(self, step: int, batch_size: int, seed: int, part: slice = slice(None)) -> dict:
+        """Return the batch of a training step, or a part of it.
+
+        Args:
+            step: from 0.
+            batch_size: of the whole batch.
+            seed: of samples and noise.
+            part: of the batch, b samples; the others are neither read nor returned.
 
         Returns:
-            images: camera of the model -> uint8 [batch_size, image_size, image_size, 3].
-            state: float32 [batch_size, action_dim], normalized, padded.
-            actions: float32 [batch_size, horizon, action_dim], normalized, padded.
-            tokenized_prompt, tokenized_prompt_mask: int32 and bool [batch_size, tokens].
+            images: camera of the model -> uint8 [b, image_size, image_size, 3].
+            state: float32 [b, action_dim], normalized, padded.
+            actions: float32 [b, horizon, action_dim], normalized, padded.
+            tokenized_prompt, tokenized_prompt_mask: int32 and bool [b, tokens].
         """
-        samples = draw_samples(step, batch_size, seed, len(self))
+        samples = draw_samples(step, batch_size, seed, len(self))[part]
         rows = self._sample_row[samples]
         state = self._state[rows]
         if self._state_noise:
             generator = make_generator(seed, NOISE, step)
             noise = generator.standard_normal((batch_size, ARM_JOINTS), dtype=np.float32)
-            state[:, :ARM_JOINTS] += np.float32(self._state_noise) * noise
+            state[:, :ARM_JOINTS] += np.float32(self._state_noise) * noise[part]
         actions = self._action[chunk_rows(rows, self._last_row, self._horizon)]
         if self._mask is not None:
             actions = delta_actions(actions, state, self._mask)

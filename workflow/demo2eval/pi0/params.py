@@ -166,6 +166,14 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
     return unflatten_dict(flat, sep="/")
 
 
+def round_params(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters with those in bfloat16 that a model of this dtype casts before each use."""
+    return {
+        name: value.astype(jnp.bfloat16) if IS_CAST.match(name) else value
+        for name, value in flat.items()
+    }
+
+
 def init_params(config: Pi0Config, key: jax.Array) -> dict:
     """Return fresh parameters, a nested dictionary of float32 arrays with openpi's names.
 

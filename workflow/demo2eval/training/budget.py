@@ -68,9 +68,10 @@ class Sizes:
         """Gradients and cast weights, which every device holds whole during a step."""
         return 4 * self.trained + 2 * self.cast
 
-    def weights_bytes(self) -> int:
+    def weights_bytes(self, params_dtype: str = "float32") -> int:
         """The weights of a checkpoint on disk."""
-        return 4 * self.trained + 2 * self.frozen
+        rounded = self.cast if params_dtype == "bfloat16" else 0
+        return 4 * self.trained + 2 * self.frozen - 2 * rounded
 
     def train_state_bytes(self) -> int:
         """The training state of a checkpoint on disk."""
@@ -228,9 +229,11 @@ def disk_bytes(run: Run, num_checkpoints: int) -> int:
     sizes, period = Sizes.of(run.pi0_config()), run.training.keep_period
     if period is not None:
         num_checkpoints = min(num_checkpoints, run.training.num_train_steps // period + 3)
-    # The newest training state and the next, and two that are saved within a segment with the EMA.
-    states = 2 * sizes.train_state_bytes() + 2 * (sizes.train_state_bytes() + sizes.ema_bytes())
-    return num_checkpoints * sizes.weights_bytes() + states
+    ema = sizes.ema_bytes() if run.training.ema_decay is not None else 0
+    # The newest training state and the next, and two that are saved within a segment.
+    newest = sizes.train_state_bytes() + (ema if run.training.params_dtype == "bfloat16" else 0)
+    states = 2 * newest + 2 * (sizes.train_state_bytes() + ema)
+    return num_checkpoints * sizes.weights_bytes(run.training.params_dtype) + states
 
 
 def list_shortages(

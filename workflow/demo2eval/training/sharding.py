@@ -36,5 +36,21 @@ def shard_state(mesh: Mesh, tree):
 
 
 def place(mesh: Mesh, tree):
-    """Return a tree with its arrays on the mesh's devices, sharded as `shard_state` says."""
-    return jax.device_put(tree, shard_state(mesh, tree))
+    """Return a tree with its arrays on the mesh's devices, sharded as `shard_state` says.
+
+    Where there are several processes, each has the whole arrays and places its devices' parts.
+    """
+
+    def put(leaf, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable or isinstance(leaf, jax.Array):
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree, shard_state(mesh, tree))
+
+
+def process_rows(sharding: NamedSharding, batch_size: int) -> slice:
+    """Return the samples of a batch that this process's devices compute."""
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    bounds = [index[0].indices(batch_size) for index in indices if index is not None]
+    return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))

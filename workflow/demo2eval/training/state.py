@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from demo2eval.checkpoints.openpi import load_params
 from demo2eval.errors import UserError
 from demo2eval.pi0.config import Pi0Config
-from demo2eval.pi0.params import split_trainable, unflatten
+from demo2eval.pi0.params import split_trainable
 from demo2eval.training.host_ema import HostEma
 from demo2eval.training.sharding import place
 
@@ -40,11 +40,6 @@ class TrainState:
     frozen: FlatParams
     opt_state: optax.OptState
     ema: FlatParams | None
-
-    @property
-    def eval_params(self) -> dict:
-        """The parameters to evaluate, a nested dictionary: averaged if there is EMA."""
-        return unflatten((self.params if self.ema is None else self.ema) | self.frozen)
 
 
 def init_train_state(

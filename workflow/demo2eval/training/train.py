@@ -23,7 +23,8 @@ from demo2eval.checkpoints.verify import verify_checkpoint
 from demo2eval.cli import run
 from demo2eval.config import Actions, Training
 from demo2eval.errors import UserError
-from demo2eval.provenance import StageJob, read_manifest, run_stage, sha256_folder
+from demo2eval.provenance import StageJob, read_manifest, sha256_folder
+from demo2eval.training.processes import fetch, is_first, run_stage_together, wait_for_all
 
 STOPPED = 143
 """Exit status of a job that was told to stop and saved its state; Snakemake tries it again."""
@@ -61,12 +62,13 @@ def train(
         "state_noise": actions.state_noise,
     }
     inputs = {"previous": previous, "image_cache": image_cache}
-    with run_stage(
+    with run_stage_together(
         output, stage="train", module=__spec__.name, settings=settings, inputs=inputs
     ) as job:
         if not job.reused:
             _train(job, previous, image_cache, step, seed, training, actions.state_noise)
-    prune_checkpoints(output.parent, step, training.keep_period)
+        if is_first():
+            prune_checkpoints(output.parent, step, training.keep_period)
 
 
 def _train(
@@ -86,10 +88,11 @@ def _train(
 
     from demo2eval.checkpoints.openpi import save_params
     from demo2eval.data.loader import BatchLoader
-    from demo2eval.pi0.params import unflatten
+    from demo2eval.pi0.params import round_params, unflatten
     from demo2eval.training.optimizer import make_optimizer, make_schedule
     from demo2eval.training.sharding import make_mesh
     from demo2eval.training.state import StateSaver, init_train_state, tree_digest
+    from demo2eval.training.tracker import open_tracker
     from demo2eval.training.trainer import Metrics, SavedStates, Stopped, Trainer, device_memory
 
     metadata = read_manifest(previous)["metadata"]
@@ -132,7 +135,10 @@ def _train(
     )
     stop = threading.Event()
     trainer = Trainer(config, training, optimizer, schedule, mesh, plan, loader, seed, stop)
-    metrics = Metrics(job.partial / "metrics.csv", first)
+    metrics = Metrics(None, first)
+    if is_first():
+        tracker = open_tracker(training.tracker, job.folder.parent, job.settings, first)
+        metrics = Metrics(job.partial / "metrics.csv", first, tracker)
     started = time.monotonic()
     before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
@@ -148,22 +154,30 @@ def _train(
         signal.signal(signal.SIGTERM, before)
         metrics.close()
     seconds = time.monotonic() - started
+    finished = job.partial / "finished"
+    if is_first():
+        shutil.rmtree(finished, ignore_errors=True)
+    wait_for_all("trained")
+    average = host_ema.arrays if host_ema else state.ema
+    is_rounded = training.params_dtype == "bfloat16"
+    # Else the weights of the checkpoint hold the average.
+    saver.save(finished / "train_state", state, average if is_rounded else None)
+    eval_params = fetch((average or state.params) | state.frozen)
+    if is_rounded:
+        eval_params = round_params(eval_params)
+    eval_params = unflatten(eval_params)
+    save_params(finished / "params", eval_params)
+    saver.wait()
+    if not is_first():
+        return
     rate = training.batch_size * (step - first) / seconds
     print(
         f"trained steps {first} to {step} in {seconds:.0f} s, {rate:.1f} samples/s",
         file=sys.stderr,
     )
-    folder, finished = job.output.with_suffix(""), job.partial / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    saver.save(finished / "train_state", state)
-    if host_ema:
-        eval_params = unflatten(host_ema.arrays | jax.device_get(state.frozen))
-    else:
-        eval_params = jax.device_get(state.eval_params)
-    save_params(finished / "params", eval_params)
     shutil.copytree(source / "assets", finished / "assets")
-    shutil.copy(metrics.path, finished / "metrics.csv")
-    saver.wait()
+    shutil.copy(job.partial / "metrics.csv", finished / "metrics.csv")
+    folder = job.output.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
     finished.rename(folder)
     job.finish(

@@ -2,11 +2,12 @@
 
 import csv
 import dataclasses
-import functools
+import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,11 +21,14 @@ from demo2eval.data.loader import BatchLoader, prefetch
 from demo2eval.errors import UserError
 from demo2eval.pi0.config import Pi0Config
 from demo2eval.pi0.tokenizer import padding_mask
+from demo2eval.provenance import write_atomic
 from demo2eval.training.budget import PEAK_FLOPS, StepPlan, flops_per_sample
 from demo2eval.training.host_ema import HostEma
-from demo2eval.training.sharding import AXES, shard_state
+from demo2eval.training.processes import any_process, is_first, wait_for_all
+from demo2eval.training.sharding import AXES, process_rows, shard_state
 from demo2eval.training.state import StateSaver, TrainState
 from demo2eval.training.step import compute_gradients, update_state
+from demo2eval.training.tracker import Tracker
 
 LOG_INTERVAL = 20
 COLUMNS: tuple[str, ...] = ("step", "loss", "grad_norm", "learning_rate")
@@ -35,32 +39,37 @@ class Stopped(Exception):
 
 
 class Metrics:
-    """metrics.csv, a row for each step, none twice."""
+    """metrics.csv, a row for each step, none twice and none missing."""
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path | None, step: int, tracker: Tracker | None = None):
         """Open a file that may hold rows already; those after `step` are dropped.
 
         Args:
+            path: of the file; None: rows go nowhere.
             step: number of steps that were done.
+            tracker: takes every row too.
         """
-        self.path = path
-        rows = []
-        if path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        self._file = open(path, "w", newline="")  # noqa: SIM115
-        self._table = csv.DictWriter(self._file, COLUMNS)
-        self._table.writeheader()
-        self._table.writerows(rows)
+        self._tracker = tracker or Tracker()
+        header = ",".join(COLUMNS) + "\n"
+        if path is not None:
+            rows = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+            kept = [row for row in rows if row.endswith("\n") and int(row.split(",", 1)[0]) <= step]
+            # A kill before the first new row must not lose the old ones.
+            write_atomic(path, header + "".join(kept))
+        self._file = open(path or os.devnull, "a", newline="")  # noqa: SIM115
+        self._table = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
 
-    def write(self, rows: Iterable[dict]) -> None:
+    def write(self, rows: list[dict]) -> None:
         """Append rows, and see to it that a kill loses none of them."""
         self._table.writerows(rows)
         self._file.flush()
+        for row in rows:
+            self._tracker.log(row["step"], {name: row[name] for name in COLUMNS[1:]})
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the tracker."""
         self._file.close()
+        self._tracker.close()
 
 
 class SavedStates:
@@ -69,10 +78,12 @@ class SavedStates:
     def __init__(self, folder: Path, saver: StateSaver):
         """Take the folder of the states, <folder>/<step>."""
         self._folder, self._saver = folder, saver
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            if not path.name.isdigit():  # a save that a kill cut short
-                shutil.rmtree(path)
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.iterdir():
+                if not path.name.isdigit():  # a save that a kill cut short
+                    shutil.rmtree(path)
+        wait_for_all("saved states")
 
     @property
     def newest(self) -> Path | None:
@@ -82,10 +93,11 @@ class SavedStates:
     def save(self, step: int, state: TrainState, ema: dict | None) -> None:
         """Begin to save a state; the one before is removed when the next save begins."""
         self._saver.wait()
-        whole = self.newest
-        for path in self._folder.iterdir():
-            if path != whole:
-                shutil.rmtree(path)
+        if is_first():
+            whole = self.newest
+            for path in self._folder.iterdir():
+                if path != whole:
+                    shutil.rmtree(path)
         self._saver.save(self._folder / str(step), state, ema)
 
 
@@ -131,7 +143,7 @@ class Trainer:
         step_function = self.compile_step(host_ema is not None)
         ema_decay = None if host_ema else self.training.ema_decay
         update = jax.jit(
-            functools.partial(update_state, self.optimizer, ema_decay),
+            partial(update_state, self.optimizer, ema_decay),
             donate_argnums=0,
             out_shardings=(shard_state(self.mesh, state), None),
         )
@@ -147,28 +159,38 @@ class Trainer:
             behind = True
             pending.append(values)
             done = step + 1
-            minutes = (time.monotonic() - last_save) / 60
-            is_due = (
-                self.training.save_minutes is not None and minutes >= self.training.save_minutes
-            )
-            is_due = (is_due or self.stop.is_set()) and done < steps.stop
-            if done % LOG_INTERVAL and done < steps.stop and not is_due:
+            is_last = done == steps.stop
+            is_due, is_told = (False, False) if is_last else self._to_save(done, last_save)
+            if done % LOG_INTERVAL and not is_last and not is_due:
                 continue
             rows = self._fetch(pending, done)
             metrics.write(rows)
             progress.show(rows)
             pending.clear()
-            if host_ema and (is_due or done == steps.stop):
+            if host_ema and (is_due or is_last):
                 host_ema.update(jax.device_put(state.params, self._host))
                 host_ema.wait()
                 behind = False
             if is_due:
                 saved.save(done, state, host_ema.arrays if host_ema else state.ema)
                 last_save = time.monotonic()
-                if self.stop.is_set():
+                if is_told:
                     raise Stopped(done)
         progress.close()
         return state
+
+    def _to_save(self, done: int, last_save: float) -> tuple[bool, bool]:
+        """Return whether to save now, and whether because the job was told to stop.
+
+        Several processes must do the same; they compare where they wait for the device anyhow.
+        """
+        minutes, is_told = self.training.save_minutes, self.stop.is_set()
+        is_due = minutes is not None and time.monotonic() - last_save >= 60 * minutes
+        if jax.process_count() > 1:
+            if done % LOG_INTERVAL:
+                return False, False
+            is_due, is_told = any_process([is_due, is_told])
+        return is_due or is_told, is_told
 
     def compile_step(self, copies_params: bool) -> Callable:
         """Return `compute_gradients` as a function of parameters, batch and key, compiled.
@@ -199,14 +221,15 @@ class Trainer:
 
     def _batches(self, steps: range) -> Iterator[dict]:
         sharding = NamedSharding(self.mesh, PartitionSpec(AXES))
+        rows = process_rows(sharding, self.training.batch_size)
 
         def load() -> Iterator[dict]:
             for step in steps:
-                batch = self.loader.load_batch(step, self.training.batch_size, self.seed)
+                batch = self.loader.load_batch(step, self.training.batch_size, self.seed, rows)
                 batch["tokenized_prompt_mask"] = padding_mask(
                     batch["tokenized_prompt_mask"], self.config.discrete_state_input
                 )
-                yield jax.device_put(batch, sharding)
+                yield jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
 
         return prefetch(load(), depth=2)
 
@@ -247,7 +270,12 @@ class Progress:
         self._flops, self._batch_size = flops, batch_size
         self._waited, self._shown = 0.0, time.monotonic()
         self._bar = tqdm(
-            initial=steps.start, total=steps.stop, unit="step", mininterval=2, desc="training"
+            initial=steps.start,
+            total=steps.stop,
+            unit="step",
+            mininterval=2,
+            desc="training",
+            disable=not is_first(),
         )
 
     def watch(self, batches: Iterator[dict]) -> Iterator[dict]:
