@@ -19,7 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "results/smallest/success.csv"
 ROLLOUTS_AND_AFTER = {"rollout": 2, "video": 1, "success_table": 1}
-TRAINING_AND_AFTER = {"train": 1, "rollout": 1, "video": 1, "success_table": 1}
+TRAINING_AND_AFTER = {"train": 1, "loss_curve": 1, "rollout": 1, "video": 1, "success_table": 1}
 pytestmark = pytest.mark.simulator
 
 
@@ -90,6 +90,9 @@ def test_the_chain_ends_in_a_table(checkout):
     assert (table["ci_low"] <= table["success_once"]).all()
     assert (table["success_once"] <= table["ci_high"]).all()
     assert (checkout / "results/smallest/success.png").stat().st_size > 10_000
+    metrics = pandas.read_csv(checkout / "results/smallest/metrics.csv")
+    assert metrics.step.tolist() == [1, 2]
+    assert (checkout / "results/smallest/loss.png").stat().st_size > 10_000
     assert (checkout / "results/smallest/videos/2.mp4").stat().st_size > 1_000
 
 

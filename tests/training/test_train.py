@@ -21,7 +21,7 @@ from demo2eval.provenance import read_manifest
 from demo2eval.training import budget
 from demo2eval.training.optimizer import make_optimizer, make_schedule
 from demo2eval.training.state import StateSaver, TrainState, load_train_state, tree_digest
-from demo2eval.training.train import train
+from demo2eval.training.train import prune_checkpoints, train
 
 TRAINING = Training(batch_size=4, warmup_steps=2, peak_lr=1e-3, ema_decay=0.9, augment=True)
 ACTIONS = Actions(state_noise=0.03)
@@ -202,6 +202,20 @@ def test_memory_and_files_do_not_grow_with_saves(pushcube_run, at_step_6):
         gc.collect()
         sizes.append(process.memory_info().rss)
     assert max(sizes[-5:]) < 1.05 * max(sizes[:5])
+
+
+def test_weights_go_once_they_are_evaluated_unless_they_are_kept(tmp_path):
+    checkpoints, rollouts = tmp_path / "checkpoints", tmp_path / "rollouts"
+    rollouts.mkdir()
+    for step in (0, 10, 20, 30, 40):
+        for part in ("params", "train_state"):
+            (checkpoints / f"{step}/{part}").mkdir(parents=True)
+        if step != 30:
+            (rollouts / f"{step}.json").touch()
+    prune_checkpoints(checkpoints, 40, keep_period=20)
+    kept = sorted((path.parent.name, path.name) for path in checkpoints.glob("*/*"))
+    params = [(step, "params") for step in ("0", "20", "30", "40")]
+    assert kept == sorted([*params, ("40", "train_state")])
 
 
 def test_a_pruned_training_state_is_a_sentence(pushcube_run, checkpoints, tmp_path):
