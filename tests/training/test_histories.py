@@ -19,7 +19,7 @@ STEPS = (20, 40, 60)
 
 
 def train_rest(run: Path, checkpoints: Path, log: Path, steps: tuple[int, ...] = STEPS) -> None:
-    """Train the checkpoints that are missing, as Snakemake's jobs would, and save every step."""
+    """Train the checkpoints that are missing, as Snakemake's jobs would; save twice a second."""
     sys.stderr = sys.stdout = open(log, "a")  # noqa: SIM115
     done = 0
     for step in steps:
@@ -29,7 +29,7 @@ def train_rest(run: Path, checkpoints: Path, log: Path, steps: tuple[int, ...] =
                 run / "cache_64/manifest.json",
                 checkpoints / f"{step}.json",
                 step=step,
-                training=TRAINING.model_copy(update={"save_minutes": 0.0}),
+                training=TRAINING.model_copy(update={"save_minutes": 1 / 120}),
                 actions=ACTIONS,
             )
         done = step
