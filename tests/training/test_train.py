@@ -212,7 +212,9 @@ def test_weights_go_once_they_are_evaluated_unless_they_are_kept(tmp_path):
             (checkpoints / f"{step}/{part}").mkdir(parents=True)
         if step != 30:
             (rollouts / f"{step}.json").touch()
-    prune_checkpoints(checkpoints, 40, keep_period=20)
+    removed = prune_checkpoints(checkpoints, 40, keep_period=20)
+    states = [checkpoints / f"{step}/train_state" for step in (0, 10, 20, 30)]
+    assert removed == sorted([checkpoints / "10/params", *states])
     kept = sorted((path.parent.name, path.name) for path in checkpoints.glob("*/*"))
     params = [(step, "params") for step in ("0", "20", "30", "40")]
     assert kept == sorted([*params, ("40", "train_state")])

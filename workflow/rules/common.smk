@@ -211,15 +211,22 @@ def shard_seed(wildcards):
     return run_of_demos(wildcards).demos.first_seed + int(wildcards.shard) * settings.SHARD_SEEDS
 
 
-def prune_runs():
-    """Remove the weights that were evaluated and are not kept (training.keep_period), of all runs."""
+def prune_runs(file):
+    """Remove the weights that were evaluated and are not kept (training.keep_period), of all runs.
+
+    What was removed is printed and written to `file`.
+    """
     from demo2eval.training.train import prune_checkpoints
 
+    removed = []
     for name, run in RUNS.items():
         checkpoints = Path(f"results/{name}/checkpoints")
         steps = [int(path.stem) for path in checkpoints.glob("[0-9]*.json")]
         if steps:
-            prune_checkpoints(checkpoints, max(steps), run.training.keep_period)
+            removed += prune_checkpoints(checkpoints, max(steps), run.training.keep_period)
+    lines = "\n".join(f"removed {folder}" for folder in removed) or "nothing to remove"
+    file.write_text(f"{lines}\n")
+    print(lines)
 
 
 def print_requirements(file):

@@ -89,6 +89,8 @@ rule loss_curve:
 # Not part of the chain: what keep_period does not keep goes when later checkpoints are trained, and
 # here, once all are evaluated.
 rule prune:
+    log:
+        "results/logs/prune.txt",
     localrule: True
     run:
-        prune_runs()
+        prune_runs(Path(log[0]))

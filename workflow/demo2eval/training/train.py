@@ -195,19 +195,24 @@ def _train(
     )
 
 
-def prune_checkpoints(checkpoints: Path, step: int, keep_period: int | None) -> None:
+def prune_checkpoints(checkpoints: Path, step: int, keep_period: int | None) -> list[Path]:
     """Remove what checkpoints before `step` hold and nobody needs; manifests stay.
 
     That is their training states, and the weights of those that were evaluated and are no multiple
-    of `keep_period`.
+    of `keep_period`. Returns the folders that are gone.
     """
+    unneeded = []
     for folder in checkpoints.iterdir():
         if not folder.name.isdigit() or int(folder.name) >= step:
             continue
-        shutil.rmtree(folder / "train_state", ignore_errors=True)
+        unneeded.append(folder / "train_state")
         evaluated = (checkpoints.parent / f"rollouts/{folder.name}.json").exists()
         if keep_period is not None and int(folder.name) % keep_period and evaluated:
-            shutil.rmtree(folder / "params", ignore_errors=True)
+            unneeded.append(folder / "params")
+    removed = sorted(folder for folder in unneeded if folder.exists())
+    for folder in removed:
+        shutil.rmtree(folder, ignore_errors=True)
+    return removed
 
 
 if __name__ == "__main__":
