@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import os
 import shutil
 import threading
 import time
@@ -47,16 +48,19 @@ class Metrics:
         rows = []
         if path.exists():
             with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                # A power cut may leave half a line.
+                lines = [line for line in file if line.endswith("\n")]
+                rows = [row for row in csv.DictReader(lines) if int(row["step"]) <= step]
         self._file = open(path, "w", newline="")  # noqa: SIM115
         self._table = csv.DictWriter(self._file, COLUMNS)
         self._table.writeheader()
         self._table.writerows(rows)
 
     def write(self, rows: Iterable[dict]) -> None:
-        """Append rows, and see to it that a kill loses none of them."""
+        """Append rows, and see to it that neither a kill nor a power cut loses any of them."""
         self._table.writerows(rows)
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
