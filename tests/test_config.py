@@ -119,6 +119,7 @@ def test_text_is_read_as_the_type_of_its_key(config):
 
 
 BAD_VALUES = [
+    ("demos", {"source": "my{x}.h5"}, "demos.source is 'my{x}.h5'; it has braces"),
     ("training", {"stepps": 6}, "unknown key 'stepps'"),
     ("training", {"batchsize": 16}, "Did you mean 'batch_size'?"),
     ("training", {"batch_size": "many"}, "training.batch_size is 'many'"),

@@ -1,6 +1,7 @@
 """Manifests: finished work is reused, half-done work never is."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -23,8 +24,8 @@ def make(output, settings=None, inputs=None, text="content"):
     ) as job:
         if job.reused:
             return False
-        (job.folder / "output.txt").write_text(text)
-        job.finish([job.folder / "output.txt"], count=1)
+        (job.partial / "output.txt").write_text(text)
+        job.finish(job.publish("output.txt"), count=1)
     return True
 
 
@@ -58,7 +59,7 @@ def test_other_work_is_not_reused(tmp_path, damage):
     if damage == "input":
         source.write_text("changed")
     if damage == "content":
-        (output.parent / "output.txt").write_text("cut")
+        (output.parent / "output.txt").write_text("CONTENT")
     assert make(output, settings={"a": 2 if damage == "settings" else 1}, inputs={"source": source})
 
 
@@ -73,15 +74,30 @@ def test_the_digest_is_of_the_content_alone(tmp_path):
     assert one != three
 
 
-def test_partial_files_survive_and_those_of_other_settings_are_removed(tmp_path):
+def test_partial_files_survive_until_other_work_is_published(tmp_path):
     output = tmp_path / "manifest.json"
     with run_stage(output, stage="test", module=MODULE, settings={"a": 1}) as job:
         (job.partial / "half").write_text("half")
-    with run_stage(output, stage="test", module=MODULE, settings={"a": 1}) as job:
-        assert (job.partial / "half").read_text() == "half"
     with run_stage(output, stage="test", module=MODULE, settings={"a": 2}) as job:
         assert list(job.partial.iterdir()) == []
-    assert len(list(tmp_path.glob(".manifest.partial-*"))) == 1
+    with run_stage(output, stage="test", module=MODULE, settings={"a": 1}) as job:
+        assert (job.partial / "half").read_text() == "half"
+    assert make(output, {"a": 2})
+    assert not list(tmp_path.glob(".manifest.partial-*"))
+
+
+def test_a_mistaken_job_that_is_killed_loses_no_finished_work(tmp_path):
+    output = tmp_path / "manifest.json"
+    make(output, {"a": 1})
+    output.unlink()  # Snakemake does so before it starts the mistaken job
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        run_stage(output, stage="test", module=MODULE, settings={"a": 2}) as job,
+    ):
+        (job.partial / "output.txt").write_text("half")
+        raise KeyboardInterrupt
+    assert not make(output, {"a": 1})
+    assert (tmp_path / "output.txt").read_text() == "content"
 
 
 def test_the_manifest_of_other_work_is_gone_before_its_outputs_are_replaced(tmp_path):
@@ -91,11 +107,10 @@ def test_the_manifest_of_other_work_is_gone_before_its_outputs_are_replaced(tmp_
         contextlib.suppress(KeyboardInterrupt),
         run_stage(output, stage="test", module=MODULE, settings={"a": 2}) as job,
     ):
-        assert not output.exists()
-        assert not list(output.parent.glob(".manifest.done*"))
         (job.partial / "output.txt").write_text("CONTENT")
-        (job.partial / "output.txt").replace(job.folder / "output.txt")
+        job.publish("output.txt")
         raise KeyboardInterrupt
+    assert not list(output.parent.glob(".manifest.done*"))
     assert not output.exists()
     # The new output is as long as the old one, and still nobody takes it for that.
     assert make(output, {"a": 1})
@@ -104,7 +119,8 @@ def test_the_manifest_of_other_work_is_gone_before_its_outputs_are_replaced(tmp_
 
 def _killed(output):
     with run_stage(output, stage="test", module=MODULE, settings={"a": 2}) as job:
-        (job.folder / "output.txt").write_text("CONTENT")
+        (job.partial / "output.txt").write_text("CONTENT")
+        job.publish("output.txt")
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -125,8 +141,8 @@ def _slow(output, started):
     with run_stage(output, stage="test", module=MODULE, settings={"a": 1}) as job:
         started.set()
         time.sleep(1.0)
-        (job.folder / "output.txt").write_text("content")
-        job.finish([job.folder / "output.txt"])
+        (job.partial / "output.txt").write_text("content")
+        job.finish(job.publish("output.txt"))
 
 
 def test_a_duplicate_waits_and_reuses(tmp_path):
@@ -139,6 +155,37 @@ def test_a_duplicate_waits_and_reuses(tmp_path):
     assert not make(output)
     process.join()
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        ValueError("RESOURCE_EXHAUSTED: Error writing an array: No space left on device"),
+        OSError("1648 requested and 992 written"),
+    ],
+    ids=["Python", "TensorStore", "numpy"],
+)
+def test_a_full_disk_is_a_sentence_whatever_a_library_says(tmp_path, error):
+    """The three ways in which it was seen."""
+    output = tmp_path / "manifest.json"
+    with (
+        pytest.raises(UserError, match=r"the disk is full .*the same command again"),
+        run_stage(output, stage="test", module=MODULE, settings={"a": 1}),
+    ):
+        raise error
+
+
+def test_files_that_were_changed_are_not_reused_nor_read(tmp_path):
+    """They are as long as they were."""
+    source = tmp_path / "in" / "manifest.json"
+    make(source)
+    (source.parent / "output.txt").write_text("CONTENT")
+    with pytest.raises(UserError, match=r"output.txt is not what .*in/manifest.json describes"):
+        make(tmp_path / "out" / "manifest.json", inputs={"source": source})
+    source.unlink()
+    assert make(source)
+    assert make(tmp_path / "out" / "manifest.json", inputs={"source": source})
 
 
 @pytest.mark.parametrize("content", [None, "{", json.dumps({"no": "digest"})])
@@ -156,9 +203,9 @@ def test_a_declared_output_that_snakemake_deleted_comes_back(tmp_path):
     def work() -> bool:
         with run_stage(output, stage="test", module=MODULE, settings={"a": 1}) as job:
             if not job.reused:
-                table.parent.mkdir(exist_ok=True)
-                table.write_text("step,loss\n")
-                job.finish([table], declared=[table])
+                (job.partial / "0").mkdir()
+                (job.partial / "0/metrics.csv").write_text("step,loss\n")
+                job.finish(job.publish("0"), declared=[table])
             return job.reused
 
     assert not work()

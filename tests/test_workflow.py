@@ -222,6 +222,37 @@ def test_snakemakes_views_need_no_cores(checkout, words):
     assert result.returncode == 0, result.stderr
 
 
+def test_nothing_in_a_path_or_a_prompt_is_executed(checkout, pushcube_demos):
+    words = """it's "$(touch executed)" `touch executed` | > executed & ; * #"""
+    source = checkout / words / "my demos.h5"
+    source.parent.mkdir()
+    for suffix in (".h5", ".json"):
+        copy = source.with_suffix(suffix)
+        copy.write_bytes(pushcube_demos.with_name(f"trajectory{suffix}").read_bytes())
+    run = {"extends": "smallest", "prompt": words, "demos": {"source": f"{words}/{source.name}"}}
+    target, until = "results/own/success.csv", ["--cores", "2", "--until", "import_demos"]
+    result = snakemake(checkout, *until, target=target, runs={"own": run})
+    assert result.returncode == 0, result.stderr
+    (manifest,) = checkout.glob("results/demos/pushcube-file-*/shard-000/manifest.json")
+    assert json.loads(manifest.read_text())["metadata"]["demos"] == 3
+    assert not list(checkout.rglob("executed*"))
+
+
+def test_stale_results_without_snakemakes_records_are_named(checkout):
+    records, kept = checkout / ".snakemake/metadata", checkout / ".snakemake/kept"
+    records.rename(kept)
+    try:
+        unchanged = snakemake(checkout, "--dry-run")
+        changed = snakemake(checkout, "--dry-run", runs=with_training(peak_lr=0.002))
+    finally:
+        shutil.rmtree(records, ignore_errors=True)
+        kept.rename(records)
+    assert "was made with" not in unchanged.stderr
+    assert re.findall(r"(\S+) was made with .* \((.*?)\)", changed.stderr) == [
+        ("results/smallest/checkpoints/2.json", "training.peak_lr")
+    ]
+
+
 def test_the_workflow_is_usable_as_a_module(checkout, tmp_path):
     (tmp_path / "Snakefile").write_text(
         f"""

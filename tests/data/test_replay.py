@@ -14,6 +14,7 @@ from demo2eval.data.import_demos import import_demos
 from demo2eval.data.replay import (
     check_env_states,
     convert_demo,
+    find_contradiction,
     flatten_state,
     observe_demo,
     rendered_steps,
@@ -140,7 +141,7 @@ def test_a_shard_that_was_damaged_is_a_sentence(pushcube_demos, tmp_path):
     content = pushcube_demos.with_name("trajectory.h5").read_bytes()
     (tmp_path / "trajectory.h5").write_bytes(content[: len(content) // 2])
     output = tmp_path / "out" / "manifest.json"
-    with pytest.raises(UserError, match=r"trajectory.h5 cannot be read .*run the rule again"):
+    with pytest.raises(UserError, match=r"trajectory.h5 is not what .*manifest.json describes"):
         replay_pushcube(tmp_path / "manifest.json", output)
     assert not output.exists()
 
@@ -160,6 +161,30 @@ def test_states_of_other_things_are_a_sentence(pushcube_demos):
             UserError, match=r"a.h5 traj_0: env_states/actors/cube.* record the demos again"
         ):
             check_env_states(env, dataclasses.replace(demo, states=changed), Path("a.h5"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda demo, _: {"actions": demo.actions[::-1]}, "contradicts itself at step 0"),
+        (lambda demo, other: {"actions": other.actions}, "contradicts itself at step"),
+        (lambda demo, _: {"states": last_moved_away(demo.states)}, "is no success"),
+        (lambda demo, _: {}, None),
+    ],
+    ids=["reversed", "of another demo", "without success", "as recorded"],
+)
+def test_actions_that_do_not_lead_to_the_states_are_found(pushcube_demos, spoil, sentence):
+    demo, other, _ = sorted(read_demos(pushcube_demos), key=lambda demo: len(demo.actions))
+    env = make_task_env("PushCube-v1")
+    reason = find_contradiction(env, dataclasses.replace(demo, **spoil(demo, other)))
+    assert reason is None if sentence is None else sentence in reason
+
+
+def last_moved_away(states):
+    """Return states of which the last ones have the cube elsewhere, as another task might."""
+    cube = states["actors/cube"].copy()
+    cube[-3:, 1] += 0.5
+    return states | {"actors/cube": cube}
 
 
 def test_joint_perturbation_displaces_rendered_steps_alone(stackcube_demos):
@@ -286,9 +311,9 @@ def test_images_that_exist_are_taken_as_they_are(
     imported, rendered_file, tmp_path, monkeypatch, image_stride
 ):
     def fail(*_, **__):
-        raise AssertionError("no env is needed")
+        raise AssertionError("nothing is rendered")
 
-    monkeypatch.setattr("demo2eval.data.replay.make_env", fail)
+    monkeypatch.setattr("demo2eval.data.replay.get_observation", fail)
     output = tmp_path / "shard-000" / "manifest.json"
     metadata = replay_pushcube(
         imported, output, image_size=RENDERED_SIZE, image_stride=image_stride

@@ -23,7 +23,7 @@ from demo2eval.data.validate import (
     validate_replays,
 )
 from demo2eval.errors import UserError
-from demo2eval.provenance import read_manifest
+from demo2eval.provenance import read_manifest, sha256_file, to_json
 from demo2eval.robots import JOINT_LIMITS
 
 CAMERA = "obs/sensor_data/base_camera"
@@ -31,10 +31,21 @@ CUBE = "env_states/actors/cube"
 STATE = ["qpos", "tcp_pose"]
 
 
+def sign(manifest: Path) -> None:
+    """Write into a manifest what its files are now, as if a stage had made them so."""
+    outputs = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in manifest.parent.glob("trajectory.*")
+    }
+    manifest.write_text(to_json(read_manifest(manifest) | {"outputs": outputs}))
+
+
 def make(folder: Path, shards: list[Path], image_storage: str = "png", **options) -> dict:
     """Make a dataset and return its manifest."""
     settings = Dataset.model_validate({"state": STATE, "image_storage": image_storage})
     output = folder / "manifest.json"
+    for manifest in shards:
+        sign(manifest)
     build_dataset(shards, output, prompt="push", dataset=settings, **options)
     return read_manifest(output)
 
@@ -183,6 +194,39 @@ def add_camera(file):
     file["traj_1/obs/sensor_data/hand_camera/step"][1] += 1
 
 
+def lead_elsewhere(kind: str):
+    """Let the actions lead to another file: an array there, or any bytes."""
+
+    def change(file):
+        other = Path(file.filename).with_name("other.h5")
+        with h5py.File(other, "w") as stranger:
+            stranger["actions"] = values = file["traj_1/actions"][()]
+        del file["traj_1/actions"]
+        if kind == "link":
+            file["traj_1/actions"] = h5py.ExternalLink(str(other), "actions")
+        elif kind == "storage":
+            external = [(str(other), 0, h5py.h5f.UNLIMITED)]
+            file.create_dataset("traj_1/actions", values.shape, values.dtype, external=external)
+        else:
+            layout = h5py.VirtualLayout(values.shape, values.dtype)
+            layout[:] = h5py.VirtualSource(str(other), "actions", values.shape)
+            file.create_virtual_dataset("traj_1/actions", layout)
+
+    return change_file(change)
+
+
+def claim_gigabytes(file):
+    """Give the actions a shape of 40 GB that takes no byte of the file."""
+    del file["traj_1/actions"]
+    file.create_dataset("traj_1/actions", (1_250_000_000, 8), np.float32, chunks=(1000, 8))
+
+
+def repeat_seed(content):
+    for entry in content["episodes"]:
+        if entry["episode_id"] == 1:
+            entry["episode_seed"] = content["episodes"][0]["episode_seed"]
+
+
 def blacken(images):
     images[3] = 0
     return images
@@ -223,6 +267,16 @@ CASES = {
     "has no success": ("traj_1", remove("success")),
     "cannot be read .*: a part of the file is damaged": ("traj_1", zero_block("actions")),
     "repeats traj_0": ("traj_1", repeat),
+    "has the seed of traj_0": ("traj_1", change_metadata(repeat_seed)),
+    "its episode_seed is -1, not between 0 and .*": ("traj_1", change_entry(episode_seed=-1)),
+    "actions is a link; .*": ("traj_1", lead_elsewhere("link")),
+    "actions lies in another file; .*": ("traj_1", lead_elsewhere("storage")),
+    "actions lies in another file; copy .*": ("traj_1", lead_elsewhere("virtual dataset")),
+    r"actions has the shape \[1250000000, 8\], 37 GiB": ("traj_1", change_file(claim_gigabytes)),
+    "env_states/actors/cube is 1e\\+03 m from the origin": (
+        "traj_1",
+        set_values(CUBE, (slice(None), 0), 1000),
+    ),
     "its control mode is pd_joint_vel, not one of .*": (
         "traj_1",
         change_entry(control_mode="pd_joint_vel"),
@@ -335,8 +389,14 @@ CASES = {
         change_array("obs/agent/qpos", lambda values: values[:, :8]),
     ),
 }
-# A dataset is given no task and no robot, and the hashes of manifests only.
-NOT_OF_A_DATASET = ("has demonstrations of", "says that", "its env_states are", "was changed")
+# A dataset is given no task and no robot, and its inputs are compared with their manifests before.
+NOT_OF_A_DATASET = (
+    "does not exist; give",
+    "has demonstrations of",
+    "says that",
+    "its env_states are",
+    "was changed",
+)
 
 
 def test_valid_shards_pass(shards):

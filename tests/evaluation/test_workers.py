@@ -14,6 +14,7 @@ import pytest
 from conftest import find_task
 
 from demo2eval.data.trajectory import read_trajectory_file
+from demo2eval.evaluation import workers
 from demo2eval.evaluation.workers import (
     FRAME_SIZE,
     EpisodeSettings,
@@ -150,6 +151,27 @@ def test_a_process_that_cannot_start_says_why(demos):
     ):
         list(run_episodes(settings, [0], 1, lambda: DemoPolicy(demos)))
     assert not multiprocessing.active_children()
+
+
+def test_a_process_that_hangs_is_replaced(episodes, demos, monkeypatch):
+    policy, replace, stopped = DemoPolicy(demos), workers.Worker.replace, []
+
+    def replace_patiently(self, settings):
+        monkeypatch.setattr(workers, "SILENCE_S", 600.0)
+        return replace(self, settings)
+
+    def infer(calls):
+        if not stopped and calls[0].index == 2:
+            (process,) = multiprocessing.active_children()
+            os.kill(process.pid, signal.SIGSTOP)
+            stopped.append(process.pid)
+            monkeypatch.setattr(workers, "SILENCE_S", 1.0)
+        return policy(calls)
+
+    monkeypatch.setattr(workers.Worker, "replace", replace_patiently)
+    results = list(run_episodes(SETTINGS, [demos[0].seed], 1, lambda: infer))
+    assert results == [episodes[0][demos[0].seed]]
+    assert not is_running(stopped[0])
 
 
 KILLED_PARENT = """

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from demo2eval.checkpoints.openpi import load_params
+from demo2eval.checkpoints.openpi import load_params, save_params
 from demo2eval.config import Actions, Training
 from demo2eval.data.loader import BatchLoader
 from demo2eval.errors import UserError
@@ -180,8 +180,24 @@ def test_a_checkpoint_whose_files_were_changed_is_refused(pushcube_run, at_step_
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"6/{part} is not what .*6.json describes"):
+    with pytest.raises(UserError, match=f"6/{part}.* is not what .*6.json describes"):
         train_step_9(at_step_6, pushcube_run)
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        save_params,
+        lambda path, params: StateSaver().save(path, TrainState(params, {}, (), None)),
+    ],
+    ids=["weights", "training state"],
+)
+def test_what_is_not_finite_is_not_saved(pushcube_run, tmp_path, save):
+    params = load_params(pushcube_run / "checkpoints/0/params")
+    params["PaliGemma"]["img"]["pos_embedding"][0, 0, 0] = np.nan
+    with pytest.raises(UserError, match=r"not finite \(array .*pos_embedding\), and are not saved"):
+        save(tmp_path / "saved", params)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_episodes(pushcube_run, at_step_6):

@@ -9,6 +9,7 @@ as the workflow does: `--dataset '{"image_storage": "video"}'`.
 """
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from demo2eval.errors import UserError
+
+NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def run(function: Callable[..., Any]) -> None:
@@ -48,11 +51,19 @@ def run(function: Callable[..., Any]) -> None:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Turn a UserError into one sentence and exit status 1."""
+    """Turn what a user can mend into one sentence and exit status 1."""
     try:
         yield
     except UserError as error:
         sys.exit(f"demo2eval: error: {error}")
+    except MemoryError as error:
+        sys.exit(f"demo2eval: error: this machine's memory does not suffice ({error}).")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in NOT_PERMITTED:
+            raise
+        sys.exit(f"demo2eval: error: {error.filename} cannot be used: {error.strerror}.")

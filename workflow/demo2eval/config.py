@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -91,10 +92,16 @@ class Section(BaseModel):
         return self.model_dump(mode="json", exclude=scheduling)
 
 
+def _path(value: str) -> str:
+    if "{" in value or "}" in value:
+        raise ValueError("has braces, which Snakemake takes for wildcards; rename the file")
+    return value
+
+
 class Demos(Section):
     """Where demonstrations come from."""
 
-    source: str = Field(
+    source: Annotated[str, AfterValidator(_path)] = Field(
         default="plan",
         description="plan: ManiSkill's motion planner. published: ManiSkill's own demonstrations. "
         "Else the path of a trajectory file, .h5 with its .json beside it",

@@ -5,13 +5,16 @@
                    inputs={"replays": replays}) as job:
         if job.reused:
             return
-        ...write below job.partial, then rename into job.folder...
-        job.finish([job.folder / "lerobot"], episodes=50)
+        ...write job.partial / "lerobot"...
+        job.finish(job.publish("lerobot"), episodes=50)
 
 `run_stage` holds a lock. A duplicate of a job that still runs waits, and then reuses what that job
 made. So does a job whose manifest was lost: Snakemake deletes the outputs of a job before it starts
-it again. The manifest of other work is gone before the body begins, so what a kill leaves never
-lies beside a manifest that describes something else.
+it again. Other work stays until `publish` replaces it. The manifest of other work is gone before
+the first file is moved, and the files are on the disk before the new one is written: neither a kill
+nor a power cut leaves a manifest beside something else than it describes.
+
+What a manifest lists is compared with it before another stage reads it.
 """
 
 import errno
@@ -27,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +89,19 @@ def sha256_folder(path: Path) -> str:
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that it exists wholly or not at all, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
     os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -104,26 +116,55 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} does not exist; run the rule that makes it, or let Snakemake run the chain."
         ) from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not a manifest ({error}); delete it, and its rule will run again."
         ) from None
-    if "digest" not in content:
+    if not isinstance(content, dict) or "digest" not in content:
         raise UserError(f"{path} is a JSON file but not a manifest: it has no digest.")
     return content
 
 
+def verify_outputs(manifest: Path) -> None:
+    """Compare the files that a manifest lists with its hashes.
+
+    Folders that may be removed are left to who reads them.
+
+    Raises:
+        UserError: if a file is missing or differs, or `manifest` is none.
+    """
+    if changed := _find_changed(Path(manifest).parent, read_manifest(manifest)):
+        raise UserError(
+            f"{changed} is not what {manifest} describes: it was changed, damaged or lost. Put the "
+            "right file back, or delete the manifest, and it is made again."
+        )
+
+
+def _find_changed(folder: Path, content: dict[str, Any]) -> Path | None:
+    """Return a file below a manifest's folder that is not as its content says, or None."""
+    entries = {folder / name: entry for name, entry in content["outputs"].items()}
+    for path, entry in entries.items():
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return path
+    hashes = {path: entry["sha256"] for path, entry in entries.items() if "sha256" in entry}
+    with ThreadPoolExecutor(8) as pool:
+        found = zip(hashes, pool.map(sha256_file, hashes), strict=True)
+        return next((path for path, value in found if value != hashes[path]), None)
+
+
 def input_digest(path: Path) -> str:
     """Return the digest of an input: a manifest's own, or the SHA-256 of any other file."""
-    path = Path(path)
-    if path.suffix == ".json":
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and "digest" in content and "stage" in content:
-                return content["digest"]
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            pass
-    return sha256_file(path)
+    return read_manifest(path)["digest"] if _is_manifest(path) else sha256_file(path)
+
+
+def _is_manifest(path: Path) -> bool:
+    if path.suffix != ".json":
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"digest", "stage", "outputs"} <= content.keys()
 
 
 def package_versions() -> dict[str, str]:
@@ -175,6 +216,7 @@ class StageJob:
         digests = {name: [item["digest"] for item in items] for name, items in self.inputs.items()}
         self.fingerprint = sha256_text(to_json([stage, self.settings, code, digests]))
         self.reused = False
+        self._done: dict[str, Any] = {}
         # Snakemake deletes declared outputs of a job that it starts again; these it does not know.
         self._record = self.folder / f".{output.stem}.done.json"
         self._kept = self.folder / f".{output.stem}.done"
@@ -187,45 +229,71 @@ class StageJob:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def remove_stale(self) -> None:
-        """Remove what a killed job left: partial folders of other work, and temporary files."""
-        for path in self.folder.glob(f".{self.output.stem}.partial-*"):
-            if not path.name.endswith(self.fingerprint[:12]):
-                shutil.rmtree(path, ignore_errors=True)
-        for name in (self.output.name, self._record.name):
-            for path in self.folder.glob(f".{name}.*.tmp"):
-                path.unlink(missing_ok=True)
-
     def reuse(self) -> bool:
         """Publish finished work of the same fingerprint again, if all its outputs are there."""
         try:
             done = json.loads(self._record.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             return False
         if done["fingerprint"] != self.fingerprint:
             return False
-        for name, entry in done["outputs"].items():
+        self._done = done
+        for name in done["outputs"]:
             path, kept = self.folder / name, self._kept / name
             if not path.exists() and kept.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _link(kept, path)
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                return False
+        folders = {self.folder / name: value for name, value in done.get("folders", {}).items()}
+        if _find_changed(self.folder, done) or any(
+            path.is_dir() and sha256_folder(path) != value for path, value in folders.items()
+        ):
+            return False
         write_atomic(self.output, to_json(done))
         self.reused = True
         return True
 
-    def withdraw(self) -> None:
-        """Remove the manifest of other work before its outputs are replaced."""
+    def publish(self, *names: str) -> list[Path]:
+        """Move finished files and folders from `partial` to `folder`, in place of other work's.
+
+        Args:
+            names: of files and folders in `partial`.
+
+        Returns:
+            where they are now.
+        """
+        for name in names:
+            path = self.partial / name
+            for item in [*path.rglob("*"), path]:
+                if not item.is_symlink():
+                    _sync(item)
+        self._remove_other_work()
+        targets = [self.folder / name for name in names]
+        for name, target in zip(names, targets, strict=True):
+            if target.is_dir():
+                shutil.rmtree(target)
+            (self.partial / name).replace(target)
+        _sync(self.folder)
+        return targets
+
+    def _remove_other_work(self) -> None:
+        """Remove the manifest before its outputs are replaced, and what killed jobs left."""
         self.output.unlink(missing_ok=True)
         self._record.unlink(missing_ok=True)
         shutil.rmtree(self._kept, ignore_errors=True)
+        for path in self.folder.glob(f".{self.output.stem}.partial-*"):
+            if path != self.partial:
+                shutil.rmtree(path, ignore_errors=True)
+        for name in (self.output.name, self._record.name):
+            for path in self.folder.glob(f".{name}.*.tmp"):
+                path.unlink(missing_ok=True)
+        _sync(self.folder)
 
     def finish(
         self,
         outputs: Iterable[Path],
         *,
         declared: Iterable[Path] = (),
+        removable: Iterable[Path] = (),
         digest: str | None = None,
         **facts: Any,
     ) -> None:
@@ -234,17 +302,18 @@ class StageJob:
         Args:
             outputs: files or folders below `folder`; each file's size and SHA-256 is recorded.
             declared: those of them that the rule declares as outputs of Snakemake's.
-            digest: identifies the content where equal contents differ in their bytes; then no file
-                is hashed. By default the hash of all file hashes.
+            removable: folders that may be removed when nobody needs them any more; the hash of
+                each is recorded.
+            digest: identifies the content where equal contents differ in their bytes. By default
+                the hash of all file hashes.
             facts: what else a reader wants to know, such as counts and seeds; the manifest's
                 `metadata`.
         """
         paths = _list_files(outputs)
         with ThreadPoolExecutor(8) as pool:
-            hashes = list(pool.map(sha256_file, paths)) if digest is None else [None] * len(paths)
+            hashes = list(pool.map(sha256_file, paths))
         listing = {
-            str(path.relative_to(self.folder)): {"bytes": path.stat().st_size}
-            | ({"sha256": value} if value else {})
+            str(path.relative_to(self.folder)): {"bytes": path.stat().st_size, "sha256": value}
             for path, value in zip(paths, hashes, strict=True)
         }
         for path in declared:
@@ -260,10 +329,17 @@ class StageJob:
             "inputs": self.inputs,
             "metadata": facts,
             "outputs": listing,
+            "folders": {
+                str(path.relative_to(self.folder)): sha256_folder(path) for path in removable
+            },
             "versions": package_versions(),
             "wall_time_s": round(time.monotonic() - self._started, 3),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        kept = ("digest", "outputs", "folders")
+        if all(self._done.get(key) == content[key] for key in kept):
+            # What was damaged is as it was: the same manifest makes nothing stale.
+            content = self._done
         text = to_json(content)
         write_atomic(self._record, text)
         write_atomic(self.output, text)
@@ -288,6 +364,7 @@ def run_stage(
     module: str,
     settings: Mapping[str, Any],
     inputs: Mapping[str, Path | Iterable[Path]] | None = None,
+    manifests_only: Iterable[str] = (),
 ) -> Iterator[StageJob]:
     """Lock an output and yield the `StageJob` on it; see the module's docstring.
 
@@ -297,35 +374,70 @@ def run_stage(
         module: dotted name of the stage's module. Pass `__spec__.name`, since `__name__` is
             "__main__" on the command line.
         settings: everything besides the inputs that changes the result.
-        inputs: manifests or files that the result depends on, by name; hashed by content.
+        inputs: manifests or files that the result depends on, by name; hashed by content. What a
+            manifest lists is compared with it.
+        manifests_only: names of inputs of which nothing but the manifest is read.
 
     Raises:
-        UserError: if an input is missing, or the disk is full.
+        UserError: if an input is missing or is not what its manifest says, or the disk is full.
     """
-    output = Path(output)
+    with _report_full_disk(Path(output).parent):
+        yield from _run_stage(
+            Path(output), stage, module, settings, inputs or {}, set(manifests_only)
+        )
+
+
+def _run_stage(
+    output: Path,
+    stage: str,
+    module: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path | Iterable[Path]],
+    manifests_only: set[str],
+) -> Iterator[StageJob]:
     output.parent.mkdir(parents=True, exist_ok=True)
     paths = {
         name: [Path(item)] if isinstance(item, str | Path) else [Path(path) for path in item]
-        for name, item in (inputs or {}).items()
+        for name, item in inputs.items()
     }
-    for path in (path for group in paths.values() for path in group):
+    for path in chain.from_iterable(paths.values()):
         if not path.is_file():
             raise UserError(f"{path} does not exist; give the stage {stage} an existing file.")
     with open(output.parent / f".{output.stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         job = StageJob(output, stage, settings, paths, code_fingerprint(module))
-        job.remove_stale()
         if job.reuse():
             print(f"{output}: the same settings, code and inputs were finished before; reused.")
-            yield job
-            return
-        job.withdraw()
-        try:
-            yield job
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            raise UserError(
-                f"{job.folder} cannot be written, the disk is full ({error}); make room and run "
-                "the same command again, which keeps what is finished."
-            ) from error
+        else:
+            read = chain.from_iterable(paths[name] for name in paths.keys() - manifests_only)
+            for path in filter(_is_manifest, read):
+                verify_outputs(path)
+        yield job
+
+
+@contextmanager
+def _report_full_disk(folder: Path) -> Iterator[None]:
+    """Turn what any library raises on a full disk into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if not _says_disk_full(error):
+            raise
+        raise UserError(
+            f"{folder} cannot be written, the disk is full ({_first_line(error)}); make room and "
+            "run the same command again, which keeps what is finished."
+        ) from error
+
+
+def _says_disk_full(error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    known = isinstance(error, OSError) and error.errno in DISK_FULL
+    # numpy counts what it could not write: "1648 requested and 992 written".
+    sentences = [*map(os.strerror, DISK_FULL), " requested and "]
+    said = any(sentence in str(error) for sentence in sentences)
+    return known or said or _says_disk_full(error.__cause__ or error.__context__)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+from base64 import urlsafe_b64encode
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
@@ -18,6 +19,7 @@ sys.path.insert(0, str(WORKFLOW))
 from demo2eval import config as settings
 from demo2eval.errors import UserError
 from demo2eval.fingerprint import code_fingerprint
+from demo2eval.provenance import read_manifest
 
 CHEAP_TRAINING_S = 600  # finished training below this is repeated without a question
 PLANNING_PYTHON = WORKFLOW.parent / "envs/planning/.venv/bin/python"
@@ -284,6 +286,51 @@ def finished_training(name, jobs, reason_of):
         f"a run of another name, or accept them as they are: snakemake --touch "
         f"{' '.join(str(job.output.manifest) for job in stale)}. To train again: --config overwrite=true."
     )
+
+
+def find_lost_records():
+    """Yield a sentence for each manifest that is stale and of which Snakemake has lost its record.
+
+    Snakemake takes results without a record for fresh. A manifest says itself what made it.
+    """
+    for run in RUNS.values():
+        folders = [f"{run.name}/*", f"datasets/{dataset_name(run)}"]
+        folders += [f"demos/{demos_name(run)}/*", f"replays/{replay_name(run)}/*"]
+        folders += [f"image_caches/{image_cache_name(run)}"]
+        for file in (
+            file for name in folders for file in Path("results").glob(f"{name}/[!.]*.json")
+        ):
+            record = urlsafe_b64encode(str(file).encode()).decode()
+            if Path(".snakemake/metadata", record).exists():
+                continue
+            try:
+                manifest = read_manifest(file)
+            except UserError:  # said where it is read, or no manifest
+                continue
+            if changes := find_changes(manifest, run):
+                yield (
+                    f"{file} was made with other settings or code ({', '.join(changes)}), and "
+                    "Snakemake's record of it in .snakemake is lost: it is taken as it is. Delete it, "
+                    "and it is made again."
+                )
+
+
+def find_changes(manifest, run):
+    """Return what a run's settings and code are other than a manifest says, by name."""
+    changes = []
+    for section, before in manifest["settings"].items():
+        now = getattr(run, section, before)
+        if not isinstance(before, dict):
+            changes += [section] * (now != before)
+            continue
+        now = now.result_settings()
+        if manifest["stage"] == "video":  # as many episodes as are recorded
+            now["num_episodes"] = before.get("num_episodes")
+        changes += [f"{section}.{key}" for key in before if now.get(key) != before[key]]
+    for module in WORKFLOW.glob(f"demo2eval/*/{manifest['stage']}.py"):
+        name = f"{module.parent.name}.{module.stem}"
+        changes += [f"demo2eval.{name}"] * (code(name) != manifest["code"])
+    return changes
 
 
 wildcard_constraints:

@@ -1,5 +1,6 @@
 """Weights on disk in openpi's layout: `<step>/params` holds {"params": tree}, written by Orbax."""
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -21,6 +23,9 @@ from demo2eval.pi0.params import flatten, unflatten
 # Orbax compresses a chunk at a time, several at once; without chunks, a whole array.
 CHUNK_BYTES = 32 * 2**20
 READERS = 4
+# What Orbax's threads raise is raised here as well; they would log it once for each array.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,36 @@ def save_params(path: Path, params: dict) -> None:
     Args:
         path: the folder `<step>/params`, which must not exist.
         params: nested dictionary of arrays.
+
+    Raises:
+        UserError: if an array is not finite.
     """
+    check_finite(params, "the weights")
     # Weights hardly get smaller by compression, which takes longer than writing.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(Path(path).absolute(), args=ocp.args.PyTreeSave({"params": params}))
+
+
+def check_finite(tree: Any, name: str) -> None:
+    """Raise a UserError if an array of a tree holds NaN or infinity.
+
+    Args:
+        name: of the tree, for the error.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        finite = _all_finite(leaf) if isinstance(leaf, jax.Array) else np.isfinite(leaf).all()
+        if not finite:
+            raise UserError(
+                f"{name} are not finite (array {jax.tree_util.keystr(path, simple=True)}), and are "
+                "not saved. Where training made them, lower training.peak_lr; else take other "
+                "weights to start from."
+            )
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
 
 
 def save_lazy_params(path: Path, arrays: dict[str, LazyArray]) -> None:

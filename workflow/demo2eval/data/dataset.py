@@ -144,10 +144,7 @@ def _publish(
     }
     if shard_format.video_crf is not None:
         metadata["psnr_db"] = find_worst_psnr(source.shards, job.partial)
-    folder = job.folder / "lerobot"
-    shutil.rmtree(folder, ignore_errors=True)
-    (job.partial / "lerobot").rename(folder)
-    job.finish([folder], **metadata)
+    job.finish(job.publish("lerobot"), **metadata)
 
 
 # What is taken.

@@ -10,6 +10,7 @@ older image only give actions. Images larger than the model's are resized as the
 smaller ones are kept, and resized while training.
 """
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -89,8 +90,7 @@ def build_image_cache(
         for name, values in arrays.items():
             np.save(job.partial / f"{name}.npy", values)
         _decode_all(root, info, is_sample, image_size, job, num_workers)
-        partial = sorted(job.partial.glob("*.npy"))
-        files = [path.rename(job.folder / path.name) for path in partial]
+        files = job.publish(*sorted(path.name for path in job.partial.glob("*.npy")))
         job.finish(files, samples=len(sample_row), rows=len(age), episodes=info["total_episodes"])
 
 
@@ -135,14 +135,18 @@ def open_array(folder: Path, camera: str, shape: tuple[int, ...]) -> np.memmap:
     path = folder / f"images_{camera}.npy"
     try:
         array = np.lib.format.open_memmap(path, mode="r+")
-        if array.shape == shape and array.dtype == np.uint8:
-            return array
+        is_kept = array.shape == shape and array.dtype == np.uint8
     except (ValueError, OSError):
         # It does not exist, or was cut off while it was made.
-        pass
-    for done in folder.glob(f"{camera}-*.done"):
-        done.unlink()
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        is_kept = False
+    if not is_kept:
+        for done in folder.glob(f"{camera}-*.done"):
+            done.unlink()
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    # A full disk is told here; in the array's memory it would end the process with SIGBUS.
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def decode_file(task: DecodeTask, array: np.memmap, folder: Path, resize_to: int | None) -> None:

@@ -68,18 +68,16 @@ def publish_demos(
 
     (file,) = files = validate_files([path], task=task, robot=robot)
     skipped = apply_on_invalid(files, on_invalid)
-    outputs = [job.folder / name for name in ("trajectory.h5", "trajectory.json")]
-    trajectories, metadata = (job.partial / output.name for output in outputs)
+    names = ("trajectory.h5", "trajectory.json")
+    trajectories, metadata = (job.partial / name for name in names)
     episodes = file.episodes[:num_demos]
     with h5py.File(path, "r") as content, h5py.File(trajectories, "w") as copy:
         for demo in file.demos[:num_demos]:
             content.copy(demo.name, copy)
     write_atomic(metadata, json.dumps(file.metadata | {"episodes": episodes}, indent=1))
-    for output in outputs:
-        (job.partial / output.name).replace(output)
     seeds = [demo.seed for demo in file.demos[:num_demos]]
     job.finish(
-        outputs,
+        job.publish(*names),
         source=source,
         demos=len(seeds),
         found=len(file.demos),

@@ -65,15 +65,13 @@ def compute_norm_stats(dataset: Path, output: Path, *, actions: Actions = Action
         ]
         for sentence in constant:
             print(f"hardly varies: {sentence}", file=sys.stderr)
-        files = [job.folder / name for name in ("norm_stats.json", "ranges.csv")]
-        save_norm_stats(job.partial / files[0].name, stats)
+        save_norm_stats(job.partial / "norm_stats.json", stats)
         ranges = {
             (STATE, *state_names): columns[STATE],
             (ACTION, *action_names): chunks.reshape(-1, chunks.shape[-1]),
         }
-        write_ranges(job.partial / files[1].name, ranges)
-        for file in files:
-            (job.partial / file.name).rename(file)
+        write_ranges(job.partial / "ranges.csv", ranges)
+        files = job.publish("norm_stats.json", "ranges.csv")
         job.finish(files, declared=files, rows=len(chunks), hardly_varies=constant)
 
 

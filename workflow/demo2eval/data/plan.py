@@ -49,9 +49,7 @@ def plan_demos(
             return
         shutil.rmtree(job.partial)
         seeds, failures = _plan(job.partial, task, robot, num_demos, first_seed)
-        files = [job.folder / name for name in ("trajectory.h5", "trajectory.json")]
-        for file in files:
-            (job.partial / file.name).replace(file)
+        files = job.publish("trajectory.h5", "trajectory.json")
         attempts = len(seeds) + len(failures)
         job.finish(files, demos=num_demos, seeds=seeds, attempts=attempts, failures=failures)
 

@@ -24,7 +24,7 @@ import numpy as np
 from demo2eval.errors import UserError
 
 SENSORS = "obs/sensor_data"
-UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
+UNREADABLE = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
 """What h5py and json raise where a file is damaged, depending on what the damage hit."""
 
 

@@ -6,10 +6,12 @@ Out: a line per issue; exit status 1 if there is any. Nothing is written.
 What is looked for:
 - a file that is missing, cut off, damaged, changed since its manifest, of another task or robot
 - a trajectory that the .json does not list, lists twice, or that only the .json has
+- links, and arrays that lie in other files or take gigabytes
 - actions: type, dim, too few, NaN, zeroed blocks, out of the joint limits or of [-1, 1]
 - states and observations: type, number of steps, NaN, zeroed blocks, a missing part of the state
 - success: missing flags, a demonstration that fails
-- a demonstration that is repeated, also in another file
+- things that are far away
+- a demonstration, or a seed, that is repeated, also in another file
 - images: missing, of another type, number or steps than they should be, black, or all the same
 - replays that do not go into one dataset: other task, control mode, cameras, image size, state
 """
@@ -21,11 +23,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from demo2eval.cli import report_errors
-from demo2eval.config import OnInvalid
+from demo2eval.config import MAX_SEED, OnInvalid
 from demo2eval.data.trajectory import (
     SENSORS,
     UNREADABLE,
@@ -46,6 +49,10 @@ from demo2eval.robots import ACTION_DIM, ARM_JOINTS, JOINT_LIMITS, Robot
 
 TOLERANCE = 1e-3
 ISSUES_SHOWN = 20
+MAX_BYTES = 4 * 2**30
+"""Of one array: 1000 images of 1024 x 1024 pixels take 3 GiB."""
+MAX_DISTANCE = 100.0
+"""Meters; ManiSkill's scenes are a few meters large."""
 PIXEL_STRIDE = 61
 """Every 61st pixel tells almost every image from one of a single color."""
 
@@ -137,14 +144,16 @@ def validate_files(
         state: parts of the state that must be there, and with them images; None: neither need be.
     """
     files = [validate_file(Path(path), task, robot, state) for path in paths]
-    first_of: dict[str, tuple[Path, str]] = {}
+    first_of: dict[str | int, tuple[Path, str]] = {}
     for file in files:
         repeated = []
         for demo in file.demos:
-            path, name = first_of.setdefault(_hash_demo(demo), (file.path, demo.name))
-            if (path, name) != (file.path, demo.name):
-                first = name if path == file.path else f"{path} {name}"
-                repeated.append(Issue(file.path, demo.name, f"repeats {first}"))
+            for key, verb in ((_hash_demo(demo), "repeats"), (demo.seed, "has the seed of")):
+                path, name = first_of.setdefault(key, (file.path, demo.name))
+                if (path, name) != (file.path, demo.name):
+                    first = name if path == file.path else f"{path} {name}"
+                    repeated.append(Issue(file.path, demo.name, f"{verb} {first}"))
+                    break
         file.reject(repeated)
     return files
 
@@ -259,12 +268,17 @@ def find_issues(
     """Yield what is wrong with the trajectory of an entry of the .json; see `validate_files`."""
     name = trajectory_name(entry)
     try:
-        _, control_mode = read_seed(entry), entry["control_mode"]
+        seed, control_mode = read_seed(entry), entry["control_mode"]
     except UNREADABLE as error:
         yield f"its entry in the .json is incomplete ({error!r})"
         return
+    if not 0 <= seed <= MAX_SEED:
+        yield f"its episode_seed is {seed}, not between 0 and {MAX_SEED}"
     if name not in content:
         yield "is listed in the .json but missing in the .h5"
+        return
+    if reasons := list(find_storage_issues(content, name)):
+        yield from reasons
         return
     group = content[name]
     missing = [key for key in ("actions", "env_states", "success") if key not in group]
@@ -278,6 +292,29 @@ def find_issues(
         yield from _success_issues(group["success"][()], entry, len(actions))
         yield from _observation_issues(group, len(actions), state or ())
         yield from _camera_issues(group, len(actions), required=state is not None)
+
+
+def find_storage_issues(parent, name: str) -> Iterator[str]:
+    """Yield what below a name in an HDF5 group is no data of this very file, or too much of it.
+
+    Nothing is read: external storage and links lead to any other file of the machine, and a shape
+    that takes all memory costs no byte of the file.
+    """
+    import h5py
+
+    if not isinstance(parent.get(name, getlink=True), h5py.HardLink):
+        yield f"{name} is a link; copy into this file what it leads to"
+        return
+    item: Any = parent[name]
+    if isinstance(item, h5py.Group):
+        for key in item:
+            yield from find_storage_issues(item, str(key))
+    elif not isinstance(item, h5py.Dataset) or item.shape is None or item.dtype.hasobject:
+        yield f"{name} holds no numbers"
+    elif item.is_virtual or item.external:
+        yield f"{name} lies in another file; copy its values into this one"
+    elif item.nbytes > MAX_BYTES:
+        yield f"{name} has the shape {list(item.shape)}, {item.nbytes / 2**30:.0f} GiB"
 
 
 def _first_not_finite(values: np.ndarray) -> int | None:
@@ -348,6 +385,8 @@ def _env_state_issues(
             yield f"env_states/{key} is not finite at step {step}"
         elif values.shape[1] >= 13:
             # Position, quaternion and velocities of the actor, or of the robot's base, come first.
+            if (far := np.abs(values[:, :3]).max(initial=0)) > MAX_DISTANCE:
+                yield f"env_states/{key} is {far:.3g} m from the origin"
             lost = np.abs(np.linalg.norm(values[:, 3:7], axis=1) - 1) > TOLERANCE
             if lost.any():
                 step = int(np.argmax(lost))

@@ -20,7 +20,7 @@ from demo2eval.cli import run
 from demo2eval.config import Evaluation
 from demo2eval.data.chunks import chunk_rows, last_rows
 from demo2eval.errors import UserError
-from demo2eval.provenance import read_manifest, run_stage, write_atomic
+from demo2eval.provenance import read_manifest, run_stage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,16 +74,16 @@ def measure_action_error(
                 "its own dataset."
             )
         cache = image_cache.parent
-        folder = verify_checkpoint(checkpoint, "params", "assets")
+        folder = verify_checkpoint(checkpoint, "params")
         policy = Policy(folder, num_steps=evaluation.num_steps, batch_size=BATCH_SIZE)
         tables = {}
         for name, samples in select_samples(cache, num_val_demos).items():
             tables[name] = summarize(action_errors(policy, cache, samples, evaluation))
             print(f"{name}, {len(samples)} samples:\n{tables[name].to_string()}")
         table = pd.concat(tables, names=["set"])
-        write_atomic(output.with_suffix(".csv"), table.to_csv(lineterminator="\n"))
+        table.to_csv(job.partial / f"{output.stem}.csv", lineterminator="\n")
         job.finish(
-            [output.with_suffix(".csv")],
+            job.publish(f"{output.stem}.csv"),
             step=metadata["step"],
             mean_abs_error={name: table.mean_abs_error.tolist() for name, table in tables.items()},
         )

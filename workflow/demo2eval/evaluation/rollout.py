@@ -77,25 +77,31 @@ def run_rollouts(
     }
     inputs = {"checkpoint": checkpoint} | ({"dataset": dataset} if dataset else {})
     with run_stage(
-        output, stage="rollout", module=__spec__.name, settings=settings, inputs=inputs
+        output,
+        stage="rollout",
+        module=__spec__.name,
+        settings=settings,
+        inputs=inputs,
+        manifests_only=["dataset"],
     ) as job:
         if job.reused:
             return
         seeds = list_seeds(evaluation)
         if dataset:
             check_seeds(seeds, checkpoint, dataset)
-        folder = verify_checkpoint(checkpoint, "params", "assets")
+        folder = verify_checkpoint(checkpoint, "params")
         policy = read_policy_metadata(folder)
         episode_settings = make_episode_settings(policy, task, object, milestones, evaluation)
         table, load = job.partial / "episodes.csv", policy_loader(folder, evaluation)
         started = time.monotonic()
         rows = run_remaining(episode_settings, seeds, evaluation.num_workers, load, table)
         print(f"{len(rows)} episodes in {time.monotonic() - started:.0f} s", file=sys.stderr)
-        write_rows(output.with_suffix(".csv"), rows)
+        write_rows(job.partial / f"{output.stem}.csv", rows)
+        tables = job.publish(f"{output.stem}.csv")
         manifest = read_manifest(checkpoint)
         job.finish(
-            [output.with_suffix(".csv")],
-            declared=[output.with_suffix(".csv")],
+            tables,
+            declared=tables,
             step=manifest["metadata"]["step"],
             successes=sum(int(row["success_once"]) for row in rows),
             checkpoint=manifest["digest"],

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from demo2eval.cli import run
 from demo2eval.errors import UserError
 from demo2eval.maniskill.milestones import NOTHING
-from demo2eval.provenance import read_manifest, write_atomic
+from demo2eval.provenance import read_manifest, verify_outputs, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +41,8 @@ def make_success_table(
     """
     import pandas as pd
 
+    for path in rollouts:
+        verify_outputs(path)
     manifests = {path: read_manifest(path) for path in rollouts}
     by_settings = {str(manifest["settings"]): path for path, manifest in manifests.items()}
     if len(by_settings) > 1:

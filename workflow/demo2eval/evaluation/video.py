@@ -75,7 +75,7 @@ def record_videos(
         seeds = list_seeds(evaluation)
         if rollouts:
             seeds = failed_seeds(rollouts, checkpoint)[: evaluation.num_videos]
-        folder = verify_checkpoint(checkpoint, "params", "assets")
+        folder = verify_checkpoint(checkpoint, "params")
         episode_settings = make_episode_settings(
             read_policy_metadata(folder), task, object, milestones, evaluation, record_frames=True
         )
@@ -83,12 +83,11 @@ def record_videos(
         episodes = run_episodes(episode_settings, seeds, evaluation.num_workers, load)
         results = list(tqdm(episodes, total=len(seeds), unit="episode", desc="recording"))
         results.sort(key=lambda result: result.seed)
-        write_video(job.partial / "video.mp4", make_frames(results))
-        video = output.with_suffix(".mp4")
-        (job.partial / "video.mp4").replace(video)
+        write_video(job.partial / f"{output.stem}.mp4", make_frames(results))
+        videos = job.publish(f"{output.stem}.mp4")
         job.finish(
-            [video],
-            declared=[video],
+            videos,
+            declared=videos,
             frames=results[0].steps + 1,
             successes=sum(result.success_once for result in results),
         )

@@ -9,9 +9,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -23,6 +25,9 @@ from demo2eval.errors import UserError
 
 FRAME_SIZE = 256
 """Side of the recorded frames, pixels."""
+SILENCE_S = 600.0
+"""A process that owes an answer for so long hangs: to make an env takes up to a minute, a chunk of
+actions seconds."""
 
 
 @dataclass(frozen=True)
@@ -187,12 +192,20 @@ def work(connection: Connection, settings: EpisodeSettings) -> None:
 
 @dataclass
 class Worker:
-    """A simulator process, as its parent sees it; `seed` is that of its episode."""
+    """A simulator process, as its parent sees it.
+
+    Attributes:
+        seed: of its episode; None while it starts.
+        asked: when it was given something to do, seconds.
+        is_replacement: whether it was started because one before it hung.
+    """
 
     number: int
     process: BaseProcess
     connection: Connection
     seed: int | None = None
+    asked: float = field(default_factory=time.monotonic)
+    is_replacement: bool = False
 
     @classmethod
     def start(cls, number: int, settings: EpisodeSettings) -> "Worker":
@@ -205,10 +218,41 @@ class Worker:
         theirs.close()
         return cls(number, process, ours)
 
+    @property
+    def during(self) -> str:
+        """What it does, in words."""
+        return "while it started" if self.seed is None else f"in the episode of seed {self.seed}"
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it owes an answer for longer than it may."""
+        return time.monotonic() - self.asked > SILENCE_S and not self.connection.poll()
+
     def send(self, message: Any) -> None:
         """Send a message; if the process is dead, the next `receive` says so."""
+        self.asked = time.monotonic()
         with contextlib.suppress(ConnectionError):
             self.connection.send(message)
+
+    def replace(self, settings: EpisodeSettings) -> "Worker":
+        """Kill the process, which hangs, and start another in its place.
+
+        Raises:
+            UserError: if it has taken the place of one that hung itself.
+        """
+        self.process.kill()
+        sentence = (
+            f"simulator process {self.number} gave no answer for {SILENCE_S:.0f} s {self.during}"
+        )
+        if self.is_replacement:
+            raise UserError(
+                f"{sentence}, as one before it; see whether the machine or its GPU driver hangs, "
+                "and run the same command again, which keeps the finished episodes."
+            )
+        print(f"{sentence}; another is started in its place.", file=sys.stderr)
+        replacement = Worker.start(self.number, settings)
+        replacement.is_replacement = True
+        return replacement
 
     def receive(self) -> Any:
         """Return the next message.
@@ -217,17 +261,16 @@ class Worker:
             UserError: if the process raised it, or died.
             RuntimeError: if it failed.
         """
-        during = "while it started" if self.seed is None else f"in the episode of seed {self.seed}"
         try:
             message = self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join()
             raise UserError(
                 f"simulator process {self.number} died with status {self.process.exitcode} "
-                f"{during}; if memory ran out, lower evaluation.num_workers."
+                f"{self.during}; if memory ran out, lower evaluation.num_workers."
             ) from None
         if isinstance(message, RuntimeError):
-            raise RuntimeError(f"simulator process {self.number} failed {during}:\n{message}")
+            raise RuntimeError(f"simulator process {self.number} failed {self.during}:\n{message}")
         if isinstance(message, UserError):
             raise message
         return message
@@ -249,7 +292,7 @@ def run_episodes(
         load_policy: called while the processes start. What it returns is given all calls that wait.
 
     Raises:
-        UserError: if a process dies, or cannot do with the settings.
+        UserError: if a process dies, hangs twice, or cannot do with the settings.
         RuntimeError: if one fails.
     """
     from demo2eval.maniskill.env import render_backend
@@ -268,7 +311,12 @@ def run_episodes(
         infer = load_policy()
         while busy:
             calls = []
-            ready = wait([worker.connection for worker in busy])
+            ready = wait([worker.connection for worker in busy], timeout=SILENCE_S / 10)
+            for worker in [worker for worker in busy if worker.hangs]:
+                busy[busy.index(worker)] = replacement = worker.replace(settings)
+                started.append(replacement)
+                if worker.seed is not None:
+                    remaining.append(worker.seed)
             for worker in [worker for worker in busy if worker.connection in ready]:
                 message = worker.receive()
                 if isinstance(message, PolicyCall):

@@ -19,7 +19,6 @@ from demo2eval.pi0.config import Pi0Config, make_config, merge_overrides, withou
 from demo2eval.provenance import (
     read_manifest,
     run_stage,
-    sha256_folder,
     sha256_text,
     to_json,
 )
@@ -98,22 +97,20 @@ def init_checkpoint(
             action_dim=stats["actions"].mean.shape[-1],
             use_quantiles=make_config(model.variant, **overrides).is_pi05,
         )
-        shutil.rmtree(job.partial)
-        assets = job.partial / "assets" / policy.asset_id
+        unfinished = job.partial / output.stem
+        shutil.rmtree(unfinished, ignore_errors=True)
+        assets = unfinished / "assets" / policy.asset_id
         assets.mkdir(parents=True)
         shutil.copy(stats_file, assets / "norm_stats.json")
         tokenizer.save(assets / "tokenizer.model")
-        policy.write(job.partial)
-        digest = write_params(model, seed, policy.config, job.partial / "params")
-        folder = output.with_suffix("")
-        shutil.rmtree(folder, ignore_errors=True)
-        job.partial.rename(folder)
-        # Base weights may be linked: they are not listed, and their digest is in the manifest.
+        policy.write(unfinished)
+        digest = write_params(model, seed, policy.config, unfinished / "params")
+        (folder,) = job.publish(output.stem)
         job.finish(
             [folder / "assets"],
+            removable=[folder / "params"],
             digest=sha256_text(digest + to_json(asdict(policy))),
             step=0,
-            sha256={name: sha256_folder(folder / name) for name in ("params", "assets")},
             parameters=parameter_count(policy.config),
             dataset=read_manifest(norm_stats)["inputs"]["dataset"][0]["digest"],
         )
@@ -162,7 +159,7 @@ def write_params(model: Model, seed: int, config: Pi0Config, folder: Path) -> st
     """
     import jax
 
-    from demo2eval.checkpoints.openpi import load_params, save_params
+    from demo2eval.checkpoints.openpi import check_finite, load_params, save_params
     from demo2eval.pi0.params import init_params
     from demo2eval.training.state import tree_digest
 
@@ -184,7 +181,9 @@ def write_params(model: Model, seed: int, config: Pi0Config, folder: Path) -> st
         from_huggingface(weights, folder, without_lora(config))
     if config != without_lora(config):
         add_lora(weights, seed, config, folder)
-    return tree_digest(load_params(folder, config))
+    params = load_params(folder, config)
+    check_finite(params, f"the base weights {weights}")
+    return tree_digest(params)
 
 
 def add_lora(weights: Path, seed: int, config: Pi0Config, folder: Path) -> None:

@@ -13,7 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from demo2eval.checkpoints.openpi import load_params
+from demo2eval.checkpoints.openpi import check_finite, load_params
 from demo2eval.errors import UserError
 from demo2eval.pi0.config import Pi0Config
 from demo2eval.pi0.params import split_trainable
@@ -105,11 +105,15 @@ class StateSaver:
             state: the leaves of its `opt_state` are stored in order, since the optimizer tells
                 their structure.
             ema: the moving average, if the weights of a checkpoint do not hold it.
+
+        Raises:
+            UserError: if an array is not finite.
         """
         leaves = {
             f"{index:04d}": leaf for index, leaf in enumerate(jax.tree.leaves(state.opt_state))
         }
         tree = {"params": state.params, "opt_state": leaves} | ({"ema": ema} if ema else {})
+        check_finite(tree, "the training state")
         self._checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
 
     def wait(self) -> None:
@@ -126,13 +130,8 @@ def load_train_state(
         (params, opt_state, ema or None), arrays of numpy, bit for bit those that were saved.
 
     Raises:
-        UserError: if the folder is missing or damaged, or was written with another optimizer.
+        UserError: if the folder is damaged, or was written with another optimizer.
     """
-    if not path.is_dir():
-        raise UserError(
-            f"{path} does not exist: only the newest training states are kept; delete the "
-            "checkpoints after it to resume."
-        )
     checkpointer = ocp.PyTreeCheckpointer()
     try:
         metadata = checkpointer.metadata(path.absolute()).item_metadata
@@ -144,14 +143,16 @@ def load_train_state(
         saved = checkpointer.restore(
             path.absolute(), ocp.args.PyTreeRestore(item=metadata.tree, restore_args=restore_args)
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} cannot be read ({error}); delete this checkpoint, and it is trained again."
+            f"{path} cannot be read ({first_line}). Copy it back if it is a checkpoint's; one that "
+            "was saved on the way can be deleted, and training goes on from what is before it."
         ) from error
     structure = jax.tree.structure(jax.eval_shape(optimizer.init, saved["params"]))
     leaves = [saved["opt_state"][key] for key in sorted(saved["opt_state"])]
     if structure.num_leaves != len(leaves):
-        raise UserError(f"{path} was written with another optimizer; train from step 0 again.")
+        raise UserError(f"{path} was written with another optimizer; it is of another training.")
     return saved["params"], jax.tree.unflatten(structure, leaves), saved.get("ema")
 
 

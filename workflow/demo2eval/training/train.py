@@ -23,7 +23,7 @@ from demo2eval.checkpoints.verify import verify_checkpoint
 from demo2eval.cli import run
 from demo2eval.config import Actions, Training
 from demo2eval.errors import UserError
-from demo2eval.provenance import StageJob, read_manifest, sha256_folder
+from demo2eval.provenance import StageJob, read_manifest
 from demo2eval.training.processes import fetch, is_first, run_stage_together, wait_for_all
 
 STOPPED = 143
@@ -105,7 +105,7 @@ def _train(
     saved = SavedStates(job.partial / "saved", saver)
     first = int(saved.newest.name) if saved.newest else metadata["step"]
     is_fresh = saved.newest is None and first > 0
-    source = verify_checkpoint(previous, "params", "assets", *(["train_state"] if is_fresh else []))
+    source = verify_checkpoint(previous, "params", *(["train_state"] if is_fresh else []))
     config = read_policy_metadata(source).config
     schedule = make_schedule(
         training.warmup_steps, training.peak_lr, training.decay_steps, training.decay_lr
@@ -154,7 +154,7 @@ def _train(
         signal.signal(signal.SIGTERM, before)
         metrics.close()
     seconds = time.monotonic() - started
-    finished = job.partial / "finished"
+    finished = job.partial / job.output.stem
     if is_first():
         shutil.rmtree(finished, ignore_errors=True)
     wait_for_all("trained")
@@ -177,15 +177,13 @@ def _train(
     )
     shutil.copytree(source / "assets", finished / "assets")
     shutil.copy(job.partial / "metrics.csv", finished / "metrics.csv")
-    folder = job.output.with_suffix("")
-    shutil.rmtree(folder, ignore_errors=True)
-    finished.rename(folder)
+    (folder,) = job.publish(finished.name)
     job.finish(
-        [folder / name for name in ("assets", "metrics.csv", "params")],
+        [folder / "assets", folder / "metrics.csv"],
         declared=[folder / "metrics.csv"],
+        removable=[folder / "params", folder / "train_state"],
         digest=tree_digest(eval_params),
         step=step,
-        sha256={name: sha256_folder(folder / name) for name in ("params", "assets", "train_state")},
         training_time_s=round(seconds, 3),
         samples_per_s=round(rate, 2),
         step_plan=str(plan),

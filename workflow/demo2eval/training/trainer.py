@@ -60,9 +60,11 @@ class Metrics:
         self._table = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
 
     def write(self, rows: list[dict]) -> None:
-        """Append rows, and see to it that a kill loses none of them."""
+        """Append rows, and see to it that neither a kill nor a power cut loses any of them."""
         self._table.writerows(rows)
         self._file.flush()
+        if self._file.name != os.devnull:
+            os.fsync(self._file.fileno())
         for row in rows:
             self._tracker.log(row["step"], {name: row[name] for name in COLUMNS[1:]})
 

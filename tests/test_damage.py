@@ -1,0 +1,145 @@
+"""Whatever was changed since its manifest was written is found before another stage reads it."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import find_task
+
+from demo2eval.config import Actions, Model
+from demo2eval.data.image_cache import build_image_cache
+from demo2eval.data.norm_stats import compute_norm_stats
+from demo2eval.data.replay import replay_demos
+from demo2eval.errors import UserError
+from demo2eval.evaluation.rollout import run_rollouts
+from demo2eval.evaluation.success_table import make_success_table
+from demo2eval.provenance import run_stage
+from demo2eval.training.init_checkpoint import init_checkpoint
+from demo2eval.training.train import train
+
+TASK = find_task("PushCube-v1")
+
+
+@pytest.fixture
+def run(pushcube_run, pushcube_demos, tmp_path) -> Path:
+    """A copy of a run's folder, with demos and a table of rollouts, to be damaged."""
+    folder = tmp_path / "run"
+    shutil.copytree(pushcube_run, folder, symlinks=True)
+    shutil.copytree(pushcube_demos.parent, folder / "demos")
+    with run_stage(
+        folder / "rollouts/0.json", stage="rollout", module="demo2eval.config", settings={}
+    ) as job:
+        (job.partial / "0.csv").write_text("seed,success_once\n0,1\n")
+        job.finish(job.publish("0.csv"))
+    return folder
+
+
+def replay(run: Path, output: Path) -> None:
+    replay_demos(
+        run / "demos/manifest.json",
+        output,
+        task="PushCube-v1",
+        robot=TASK.robot,
+        object=TASK.object,
+    )
+
+
+def norm_stats(run: Path, output: Path) -> None:
+    compute_norm_stats(run / "dataset/manifest.json", output)
+
+
+def image_cache(run: Path, output: Path) -> None:
+    build_image_cache(run / "dataset/manifest.json", output, image_size=64)
+
+
+def checkpoint_0(run: Path, output: Path) -> None:
+    init_checkpoint(
+        run / "norm_stats/manifest.json",
+        output,
+        task="PushCube-v1",
+        prompt=TASK.prompt,
+        robot=TASK.robot,
+        actions=Actions(action_horizon=8),
+        model=Model(variant="pi05_tiny", weights=None, tokenizer=None),
+    )
+
+
+def training(run: Path, output: Path) -> None:
+    train(run / "checkpoints/0.json", run / "cache_64/manifest.json", output, step=3)
+
+
+def rollouts(run: Path, output: Path) -> None:
+    run_rollouts(
+        run / "checkpoints/0.json",
+        None,
+        output,
+        task="PushCube-v1",
+        object=TASK.object,
+        milestones=TASK.milestones,
+    )
+
+
+def success_table(run: Path, output: Path) -> None:
+    files = dict.fromkeys(("table", "curve", "milestones"), output)
+    make_success_table("run", [run / "rollouts/0.json"], **files)
+
+
+# The file, and the stage that reads it.
+CASES: list[tuple[str, Callable[[Path, Path], None]]] = [
+    ("demos/trajectory.h5", replay),
+    ("demos/trajectory.json", replay),
+    ("dataset/lerobot/data/**/*.parquet", norm_stats),
+    ("dataset/lerobot/data/**/*.parquet", image_cache),
+    ("dataset/lerobot/meta/info.json", norm_stats),
+    ("dataset/lerobot/meta/episodes/**/*.parquet", image_cache),
+    ("norm_stats/norm_stats.json", checkpoint_0),
+    ("cache_64/images_base_camera.npy", training),
+    ("cache_64/sample_row.npy", training),
+    ("cache_64/state.npy", training),
+    ("cache_64/action.npy", training),
+    ("cache_64/episode.npy", training),
+    ("checkpoints/0/params/d/*", training),
+    ("checkpoints/0/params/d/*", rollouts),
+    ("checkpoints/0/params/_METADATA", rollouts),
+    ("checkpoints/0/assets/**/norm_stats.json", rollouts),
+    ("checkpoints/0/assets/**/tokenizer.model", training),
+    ("checkpoints/0/assets/**/policy.json", rollouts),
+    ("rollouts/0.csv", success_table),
+]
+
+
+def flip(path: Path) -> None:
+    """Change a bit in the middle of a file, as a disk may."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+@pytest.mark.parametrize(("name", "stage"), CASES)
+def test_a_damaged_file_is_found_by_its_reader(run, tmp_path, name, stage, damage):
+    damage(next(path for path in run.glob(name) if path.is_file()))
+    named = re.split(r"[*]|/d/|/_METADATA", name)[0]
+    found = rf"{named}.* is not what .*\.json describes.* Put the right file"
+    with pytest.raises(UserError, match=found):
+        stage(run, tmp_path / "out/1.json")
+    assert not (tmp_path / "out/1.json").exists()
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_what_the_sentence_advises_mends_it(run, tmp_path, damage):
+    """The work is done again, and the same manifest makes nothing stale."""
+    output = tmp_path / "again/manifest.json"
+    stats = output.with_name("norm_stats.json")
+    norm_stats(run, output)
+    files = stats.read_bytes(), output.read_bytes()
+    damage(stats)
+    output.unlink()
+    norm_stats(run, output)
+    assert (stats.read_bytes(), output.read_bytes()) == files
