@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / ".tools/slurm"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sbatch")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sbatch", "srun")
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -87,12 +87,12 @@ class SlurmCluster:
         for name, path in find_programs().items():
             (self.programs / name).symlink_to(path)
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        paths = [self.programs, TOOLS / "usr/bin", os.environ["PATH"]]
+        self.environment["PATH"] = os.pathsep.join(map(str, paths))
         plugins = next(TOOLS.glob("usr/lib/*/slurm*/"), None)
         if plugins:
             libraries = [plugins, plugins.parent, os.environ.get("LD_LIBRARY_PATH")]
             self.environment["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, filter(None, libraries)))
-            paths = [TOOLS / "usr/bin", os.environ["PATH"]]
-            self.environment["PATH"] = os.pathsep.join(map(str, paths))
         for name in ("munge", "state", "spool"):
             (folder / name).mkdir(parents=True, mode=0o700)
         (folder / "munge/key").write_bytes(os.urandom(64))
@@ -109,6 +109,13 @@ class SlurmCluster:
             plugins=f"PluginDir={plugins}" if plugins else "",
         )
         (folder / "slurm.conf").write_text(text)
+        # The plugin drops SLURM's variables before srun; another cluster has the default place.
+        srun = find_programs()["srun"]
+        (self.programs / "srun").unlink()
+        (self.programs / "srun").write_text(
+            f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {srun} "$@"\n'
+        )
+        (self.programs / "srun").chmod(0o755)
         lines = [f"Name=gpu Type=fake File={device}\n" for device in DEVICES[:gpus]]
         (folder / "gres.conf").write_text("".join(lines))
         self.daemons: dict[str, subprocess.Popen] = {}
