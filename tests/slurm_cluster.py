@@ -1,4 +1,4 @@
-"""A real SLURM on this machine: slurmctld, slurmd and munged, with GPUs that only SLURM believes in.
+"""A real SLURM on this machine: slurmctld, slurmd, munged, and GPUs that only SLURM believes in.
 
 It runs as the user who starts it, from the packages that `envs/setup.py --slurm` unpacks, with a
 configuration, ports and folders of its own.
@@ -6,7 +6,6 @@ configuration, ports and folders of its own.
 
 import getpass
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -61,7 +60,9 @@ def find_programs() -> dict[str, Path]:
     """Return the path of each program that is there, by its name."""
     folders = [TOOLS / "usr/bin", TOOLS / "usr/sbin", Path("/usr/sbin"), Path("/usr/bin")]
     # Debian's packages name them slurmd-wlm, and a script of theirs makes the links.
-    paths = [folder / f"{name}{end}" for end in ("", "-wlm") for folder in folders for name in PROGRAMS]
+    paths = [
+        folder / f"{name}{end}" for end in ("", "-wlm") for folder in folders for name in PROGRAMS
+    ]
     return {path.name.removesuffix("-wlm"): path for path in reversed(paths) if path.exists()}
 
 

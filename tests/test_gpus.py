@@ -1,4 +1,4 @@
-"""GPUs of their own for the jobs of one machine; which GPUs there are is said by the environment."""
+"""GPUs of their own for the jobs of one machine; the environment says which GPUs there are."""
 
 import os
 import signal
@@ -97,7 +97,8 @@ rule job:
     output: "{{job}}.txt"
     resources: gpu=1
     shell:
-        "{sys.executable} -m demo2eval.gpus {{resources.gpu}} sh -c 'touch $CUDA_VISIBLE_DEVICES.began;"
+        "{sys.executable} -m demo2eval.gpus {{resources.gpu}} sh -c '"
+        "touch $CUDA_VISIBLE_DEVICES.began;"
         " while test $(ls *.began | wc -l) -lt 8; do sleep 0.2; done;"
         " echo $CUDA_VISIBLE_DEVICES > {{output}}'"
 """

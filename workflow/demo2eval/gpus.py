@@ -48,8 +48,8 @@ def claim_gpus(count: int, devices: Sequence[str], folder: Path) -> list[str]:
     """
     if count > len(devices):
         raise UserError(
-            f"the job takes {count} GPUs and there are {len(devices)}; lower its resource `gpu`, or "
-            f"training.fsdp_devices."
+            f"the job takes {count} GPUs and there are {len(devices)}; lower its resource `gpu`, "
+            "or training.fsdp_devices."
         )
     folder.mkdir(parents=True, exist_ok=True)
     while True:
