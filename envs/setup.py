@@ -536,11 +536,16 @@ def main():
         gpu = has_nvidia_gpu()
         if arguments.slurm:
             get_slurm()
-        cluster = shutil.which("sbatch") or (TOOLS / "slurm").exists()
-        options = ["--extra", "cuda"] if gpu else []
-        sync(uv, ROOT, *options, *(["--group", "cluster"] if cluster else []))
+        # The login node of a cluster, which has GPUs elsewhere.
+        login = bool(shutil.which("sbatch"))
+        options = ["--extra", "cuda"] if gpu or login else []
+        options += ["--group", "cluster"] if login or (TOOLS / "slurm").exists() else []
+        sync(uv, ROOT, *options)
         sync(uv, ROOT / "envs/planning")
-        set_up_vulkan(renders_on_gpu(gpu))
+        if login and not gpu:
+            say("whether a node renders is not tried here: srun --gpus=1 make doctor")
+        else:
+            set_up_vulkan(renders_on_gpu(gpu))
     except SetupError as error:
         print(f"setup: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -117,7 +117,7 @@ def slurm(*options):
         if not goes_to_cluster():
             return None
         # The comment that the SLURM plugin gives its jobs.
-        comment = f"rule_{rulename}_wildcards_{'_'.join(wildcards).replace('/', '_')}"
+        comment = f"rule_{rulename}_wildcards_{'_'.join(wildcards).replace(os.sep, '_')}"
         job = jobs_left().get(comment) if attempt == 1 else None
         after = [f"--dependency=afterany:{job}"] if job else []
         return " ".join([*options, *after]) or None
