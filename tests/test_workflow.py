@@ -291,6 +291,28 @@ def test_an_unknown_run_lists_the_runs(checkout):
     assert "--configfile" in said
 
 
+def test_a_cluster_is_asked_for_what_a_full_size_job_takes(checkout):
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    words = ["--dry-run", "--cores", "64", "--workflow-profile", "slurm"]
+    words += ["--profile", "workflow/profiles/slurm/site.yaml"]
+    result = snakemake(checkout, *words, target="results/stackcube/success.csv")
+    assert result.returncode == 0, result.stderr
+    jobs = re.findall(r"^rule (\w+):\n(.*?)\n\[", result.stdout, re.MULTILINE | re.DOTALL)
+    asked = {
+        rule: dict(re.findall(r"(\w+)=([^,\n]*)", text.split("resources: ")[1]))
+        for rule, text in jobs
+    }
+    assert asked.keys() >= {"plan", "replay", "dataset", "init_checkpoint", "train", "rollout"}
+    assert all({"mem_mb", "runtime"} <= resources.keys() for resources in asked.values())
+    assert (asked["plan"]["slurm_partition"], "gpu" in asked["plan"]) == ("cpu", False)
+    train = asked["train"]
+    assert [train[key] for key in ("slurm_partition", "gpu", "gpu_model")] == ["gpu", "1", "h100"]
+    # 3.3 G parameters, 20 bytes each; 128,000 samples.
+    assert 60_000 < int(train["mem_mb"]) < 90_000
+    assert 60 < int(train["runtime"]) < 240
+    assert int(asked["rollout"]["mem_mb"]) < int(train["mem_mb"])
+
+
 @pytest.fixture
 def cluster():
     """A SLURM of one node with two GPUs; its sockets need a short path."""
@@ -318,7 +340,7 @@ def visible_gpus(job: str) -> set[str]:
     return found
 
 
-def wait_for(condition: Callable, seconds: float = 120):
+def wait_for(condition: Callable, seconds: float = 180):
     """Wait until a condition is true, and return its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
