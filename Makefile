@@ -24,6 +24,7 @@ quickstart: setup  ## demonstrations to success table of a tiny Pi0.5, on this m
 	@$(ENTER) $(BIN)/snakemake --cores $(CORES) quickstart
 
 test: setup lint  ## lint, types and all tests
+	@$(PYTHON) envs/setup.py --slurm
 	$(ENTER) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup  ## the fast tests: no simulator, no model

@@ -35,6 +35,7 @@ BACKEND_VARIABLE = "DEMO2EVAL_RENDER_BACKEND"
 GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg")
 MESA_MAJOR = 25
 MESA_PACKAGES = ["mesa-vulkan-drivers", "libvulkan1"]
+SLURM_PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge"]
 
 
 class SetupError(Exception):
@@ -378,10 +379,9 @@ def apt_state(folder, system):
     return [part for key, value in values.items() for part in ("-o", f"{key}={value}")]
 
 
-def unpack_mesa(options):
-    """Unpack Mesa and what it needs into .tools/mesa, for a user who may not install packages."""
-    mesa = TOOLS / "mesa"
-    shutil.rmtree(mesa, ignore_errors=True)
+def unpack(packages, target, options):
+    """Unpack Debian packages, and what they need that is not installed, into a folder."""
+    shutil.rmtree(target, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=TOOLS) as folder:
         listed = run_apt(
             *options,
@@ -390,7 +390,7 @@ def unpack_mesa(options):
             "--no-install-recommends",
             "--print-uris",
             "install",
-            *MESA_PACKAGES,
+            *packages,
         )
         run_apt(
             *options,
@@ -399,7 +399,13 @@ def unpack_mesa(options):
             cwd=folder,
         )
         for package in Path(folder).glob("*.deb"):
-            subprocess.run(["dpkg", "-x", str(package), str(mesa)], check=True)
+            subprocess.run(["dpkg", "-x", str(package), str(target)], check=True)
+
+
+def unpack_mesa(options):
+    """Unpack Mesa and what it needs into .tools/mesa, for a user who may not install packages."""
+    mesa = TOOLS / "mesa"
+    unpack(MESA_PACKAGES, mesa, options)
     for driver in mesa.glob("usr/lib/*/libvulkan_lvp.so"):
         description = {
             "file_format_version": "1.0.0",
@@ -497,16 +503,49 @@ def set_up_vulkan(gpu):
         say(f"to run Snakemake without make, type first: . {ENVIRONMENT_FILE.relative_to(ROOT)}")
 
 
+# SLURM
+
+
+def get_slurm():
+    """Unpack SLURM into .tools/slurm for the tests, which start it; say what failed.
+
+    It is not installed: a SLURM without a cluster would slow down every Snakemake of this machine.
+    """
+    slurm = TOOLS / "slurm"
+    if slurm.exists():
+        return
+    TOOLS.mkdir(exist_ok=True)
+    say("unpacking SLURM, for the tests")
+    try:
+        with tempfile.TemporaryDirectory(dir=TOOLS) as folder:
+            options = apt_state(Path(folder), None)
+            run_apt(*options, "update")
+            unpack(SLURM_PACKAGES, Path(folder) / "slurm", options)
+            (Path(folder) / "slurm").rename(slurm)
+    except (OSError, subprocess.CalledProcessError) as error:
+        say(f"that failed, and its tests will be skipped: {error}")
+
+
 def main():
     """Set the machine up, or say in one sentence what keeps it from that."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.parse_args()
+    parser.add_argument("--slurm", action="store_true", help="also get SLURM for its tests")
+    arguments = parser.parse_args()
     try:
         uv = get_uv()
         gpu = has_nvidia_gpu()
-        sync(uv, ROOT, *(["--extra", "cuda"] if gpu else []))
+        if arguments.slurm:
+            get_slurm()
+        # The login node of a cluster, which has GPUs elsewhere.
+        login = bool(shutil.which("sbatch"))
+        options = ["--extra", "cuda"] if gpu or login else []
+        options += ["--group", "cluster"] if login or (TOOLS / "slurm").exists() else []
+        sync(uv, ROOT, *options)
         sync(uv, ROOT / "envs/planning")
-        set_up_vulkan(renders_on_gpu(gpu))
+        if login and not gpu:
+            say("whether a node renders is not tried here: srun --gpus=1 make doctor")
+        else:
+            set_up_vulkan(renders_on_gpu(gpu))
     except SetupError as error:
         print(f"setup: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -3,18 +3,23 @@
 Then: what makes it stale, what brings a deleted file back, and what the user sees.
 """
 
+import functools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas
 import pytest
 import yaml
+from slurm_cluster import PROGRAMS, SlurmCluster, find_programs
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "results/smallest/success.csv"
@@ -318,3 +323,118 @@ def test_an_unknown_run_lists_the_runs(checkout):
     said = result.stdout + result.stderr
     assert "Did you mean 'smallest'?" in said
     assert "--configfile" in said
+
+
+def test_a_cluster_is_asked_for_what_a_full_size_job_takes(checkout):
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    words = ["--dry-run", "--cores", "64", "--workflow-profile", "slurm"]
+    words += ["--profile", "workflow/profiles/slurm/site.yaml"]
+    result = snakemake(checkout, *words, target="results/stackcube/success.csv")
+    assert result.returncode == 0, result.stderr
+    jobs = re.findall(r"^rule (\w+):\n(.*?)\n\[", result.stdout, re.MULTILINE | re.DOTALL)
+    asked = {
+        rule: dict(re.findall(r"(\w+)=([^,\n]*)", text.split("resources: ")[1]))
+        for rule, text in jobs
+    }
+    assert asked.keys() >= {"plan", "replay", "dataset", "init_checkpoint", "train", "rollout"}
+    assert all({"mem_mb", "runtime"} <= resources.keys() for resources in asked.values())
+    assert (asked["plan"]["slurm_partition"], "gpu" in asked["plan"]) == ("cpu", False)
+    train = asked["train"]
+    assert [train[key] for key in ("slurm_partition", "gpu", "gpu_model")] == ["gpu", "1", "h100"]
+    # 3.3 G parameters, 20 bytes each; 128,000 samples.
+    assert 60_000 < int(train["mem_mb"]) < 90_000
+    assert 60 < int(train["runtime"]) < 240
+    assert int(asked["rollout"]["mem_mb"]) < int(train["mem_mb"])
+
+
+@pytest.fixture
+def cluster():
+    """A SLURM of one node with two GPUs; its sockets need a short path."""
+    if missing := set(PROGRAMS) - set(find_programs()):
+        pytest.skip(
+            f"there is no {', '.join(sorted(missing))}: envs/setup.py --slurm could not help"
+        )
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder:
+        cluster = SlurmCluster(Path(folder))
+        yield cluster
+        cluster.stop()
+
+
+def visible_gpus(job: str) -> set[str]:
+    """Return the CUDA_VISIBLE_DEVICES of our processes in a job of SLURM."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_text().split("\0")
+            command = (process / "cmdline").read_text()
+        except OSError:
+            continue
+        if f"SLURM_JOB_ID={job}" in variables and "--output" in command:
+            found |= {item for item in variables if item.startswith("CUDA_VISIBLE_DEVICES=")}
+    return found
+
+
+def wait_for(condition: Callable, seconds: float = 180):
+    """Wait until a condition is true, and return its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.5)
+    return value
+
+
+def test_on_slurm_a_new_head_adopts_the_jobs_of_a_killed_one(checkout, cluster, tmp_path):
+    """Training and a rollout run at a time; Snakemake is killed, and both go on."""
+    directory = tmp_path / "checkout"
+    shutil.copytree(checkout, directory, symlinks=True)
+    run = directory / "results/smallest"
+    undisturbed = pandas.read_csv(run / "success.csv").drop(columns="wall_time_s")
+    (run / "success.csv").unlink()
+    shutil.rmtree(run / "rollouts")
+    for path in [*run.glob("checkpoints/2*"), *run.glob("checkpoints/.2*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    words = [
+        *(sys.executable, "-m", "snakemake", TARGET, "--workflow-profile", "slurm"),
+        *("--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5"),
+        *("--seconds-between-status-checks", "1"),
+        *("--configfile", "tests/config/smallest.yaml"),
+    ]
+    environment = {key: value for key, value in cluster.environment.items() if key != "PYTHONPATH"}
+
+    def head(*more: str) -> subprocess.Popen:
+        with open(tmp_path / "head.log", "a") as log:
+            return subprocess.Popen(
+                [*words, *more], cwd=directory, env=environment, stdout=log, stderr=log
+            )
+
+    def jobs() -> dict[str, tuple[str, str]]:
+        """Return {comment: (id, what it waits for)} of the queue; the newest of a name."""
+        queue = cluster.command("squeue", "--noheader", "--sort=i", "--format=%k %i %E")
+        rows = map(str.split, queue.splitlines())
+        return {name: (job, after) for name, job, after in rows}
+
+    first = head()
+    train, rollout = "rule_train_wildcards_smallest_2", "rule_rollout_wildcards_smallest_0"
+    wait_for(lambda: {train, rollout} <= set(jobs()))
+    ids = [jobs()[name][0] for name in (train, rollout)]
+    # They stand still until the new head has found them.
+    gpus = []
+    for job in ids:
+        gpus += wait_for(functools.partial(visible_gpus, job))
+        cluster.command("scancel", "--signal=STOP", job)
+    assert sorted(gpus) == ["CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=1"]
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert head("--unlock").wait() == 0
+    second = head()
+    waiting = [f"afterany:{job}(unfulfilled)" for job in ids]
+    wait_for(lambda: [jobs()[name][1] for name in (train, rollout)] == waiting)
+    for job in ids:
+        cluster.command("scancel", "--signal=CONT", job)
+    said = (tmp_path / "head.log").read_text
+    assert second.wait(timeout=240) == 0, said()[-5000:]
+    for log in ("train_2", "rollout_0"):
+        assert "reused" in (run / f"logs/{log}.log").read_text()
+    pandas.testing.assert_frame_equal(
+        pandas.read_csv(run / "success.csv").drop(columns="wall_time_s"), undisturbed
+    )

@@ -273,8 +273,8 @@ class Training(Section):
         default=1,
         ge=1,
         le=4096,
-        description="GPUs that share the training state; 1: each has all of it. The batch is "
-        "divided among all GPUs that there are",
+        description="GPUs that share the training state, and that a job takes; 1: each has all of "
+        "it. The batch is divided among all GPUs of the job",
         json_schema_extra=SCHEDULE,
     )
     keep_period: Annotated[Int, Field(ge=1, le=100_000_000)] | None = Field(

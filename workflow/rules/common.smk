@@ -7,6 +7,7 @@
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from base64 import urlsafe_b64encode
 from functools import cache
@@ -74,6 +75,56 @@ def schedule(name):
     """For `resources`: a setting that decides how fast or how safely work is done; as text."""
     value_of = field(name)
     return lambda wildcards: json.dumps(value_of(wildcards))
+
+
+def goes_to_cluster():
+    """Whether jobs will be submitted (--jobs), and this is not the Snakemake of such a job."""
+    return workflow.resource_settings.nodes and not workflow.remote_exec
+
+
+def request(name):
+    """For `resources`: what `demo2eval.requests` says of a run, if jobs go to a cluster, else None."""
+
+    def evaluate(wildcards):
+        if not goes_to_cluster():
+            return None
+        # JAX takes seconds to import.
+        from demo2eval import requests
+
+        return getattr(requests, name)(get_run(wildcards.run))
+
+    return evaluate
+
+
+@cache
+def jobs_left():
+    """Jobs in SLURM's queue that a former Snakemake submitted from this folder: {comment: id}."""
+    command = ["squeue", "--noheader", "--user", str(os.getuid()), "--format", "%i|%Z|%k"]
+    try:
+        queue = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    rows = (line.split("|", 2) for line in queue.splitlines())
+    return {comment: job for job, folder, comment in rows if folder == os.getcwd()}
+
+
+def slurm(*options):
+    """For `slurm_extra` in `resources`: options of sbatch.
+
+    A job that a former Snakemake left in the queue goes on. Its duplicate starts after it, so that
+    it holds nothing meanwhile, and reuses what it finished.
+    """
+
+    def evaluate(wildcards, attempt, rulename):
+        if not goes_to_cluster():
+            return None
+        # The comment that the SLURM plugin gives its jobs.
+        comment = f"rule_{rulename}_wildcards_{'_'.join(wildcards).replace(os.sep, '_')}"
+        job = jobs_left().get(comment) if attempt == 1 else None
+        after = [f"--dependency=afterany:{job}"] if job else []
+        return " ".join([*options, *after]) or None
+
+    return evaluate
 
 
 def as_json(wildcards, input):
@@ -263,7 +314,8 @@ def check_requirements(jobs, reason_of, is_local):
             from demo2eval.doctor import list_gpus
             from demo2eval.training.budget import list_shortages
 
-            problems += list_shortages(get_run(name), len(train_jobs), Path("."), list_gpus())
+            gpus = list_gpus()[: train_jobs[0].resources.gpu]
+            problems += list_shortages(get_run(name), len(train_jobs), Path("."), gpus)
     if any(job.rule.name.endswith("plan") for job in jobs) and not PLANNING_PYTHON.exists():
         problems.append("envs/planning/.venv does not exist: run `make setup`.")
     if problems := [problem for problem in problems if problem]:

@@ -11,6 +11,10 @@ rule dataset:
     benchmark:
         "results/datasets/{dataset}/dataset.benchmark.tsv"
     threads: 8
+    resources:
+        mem=16000,
+        runtime=120,
+        slurm_extra=slurm(),
     params:
         replays=as_json,
         prompt=field("prompt", run_of_dataset),
@@ -36,6 +40,10 @@ rule norm_stats:
         "results/{run}/logs/norm_stats.log",
     benchmark:
         "results/{run}/benchmarks/norm_stats.tsv"
+    resources:
+        mem=8000,
+        runtime=60,
+        slurm_extra=slurm(),
     params:
         actions=section("actions"),
         code=code("data.norm_stats"),
@@ -54,6 +62,10 @@ rule image_cache:
     benchmark:
         "results/image_caches/{cache}/image_cache.benchmark.tsv"
     threads: 8
+    resources:
+        mem=16000,
+        runtime=60,
+        slurm_extra=slurm(),
     params:
         image_size=lambda wildcards: run_of_image_cache(wildcards).pi0_config().siglip.image_size,
         code=code("data.image_cache"),

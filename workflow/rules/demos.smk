@@ -10,6 +10,10 @@ rule plan:
         "results/demos/{demos}/shard-{shard}/plan.benchmark.tsv"
     wildcard_constraints:
         demos=".+-planned-.+",
+    resources:
+        mem=4000,
+        runtime=120,
+        slurm_extra=slurm(),
     params:
         task=field("task", run_of_demos),
         robot=field("robot", run_of_demos),
@@ -31,6 +35,8 @@ rule download_demos:
         "results/demos/{demos}/shard-000/download_demos.benchmark.tsv"
     wildcard_constraints:
         demos=".+-published-.+",
+    # Nodes of a cluster often have no way to the internet.
+    localrule: True
     params:
         task=field("task", run_of_demos),
         robot=field("robot", run_of_demos),
@@ -55,6 +61,10 @@ rule import_demos:
         "results/demos/{demos}/shard-000/import_demos.benchmark.tsv"
     wildcard_constraints:
         demos=".+-file-.+",
+    resources:
+        mem=4000,
+        runtime=60,
+        slurm_extra=slurm(),
     params:
         task=field("task", run_of_demos),
         robot=field("robot", run_of_demos),
@@ -76,6 +86,10 @@ rule replay:
         "results/replays/{replay}/shard-{shard}/replay.log",
     benchmark:
         "results/replays/{replay}/shard-{shard}/replay.benchmark.tsv"
+    resources:
+        mem=4000,
+        runtime=120,
+        slurm_extra=slurm(),
     params:
         task=field("task", run_of_replay),
         robot=field("robot", run_of_replay),

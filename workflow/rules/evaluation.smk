@@ -17,6 +17,10 @@ rule rollout:
     threads: field("evaluation.num_workers")
     resources:
         gpu=1,
+        mem=request("rollout_mem"),
+        runtime=request("rollout_minutes"),
+        # In SLURM's queue after training, which is what others wait for.
+        slurm_extra=slurm("--nice=100"),
     params:
         task=field("task"),
         object=field("object"),
@@ -24,7 +28,8 @@ rule rollout:
         evaluation=section("evaluation"),
         code=code("evaluation.rollout"),
     shell:
-        "$PYTHON -m demo2eval.evaluation.rollout --checkpoint {input.checkpoint:q}"
+        "$PYTHON -m demo2eval.gpus {resources.gpu} $PYTHON -m demo2eval.evaluation.rollout"
+        " --checkpoint {input.checkpoint:q}"
         " --dataset {input.dataset:q} --task {params.task:q} --object {params.object:q}"
         " --milestones {params.milestones:q} --evaluation {params.evaluation:q}"
         " --evaluation.num_workers {threads} --output {output.manifest:q} 2>&1 | tee {log:q}"
@@ -44,6 +49,9 @@ rule video:
     threads: 2
     resources:
         gpu=1,
+        mem=request("rollout_mem"),
+        runtime=60,
+        slurm_extra=slurm("--nice=100"),
     params:
         task=field("task"),
         object=field("object"),
@@ -53,7 +61,8 @@ rule video:
         rollouts=lambda wildcards, input: input.get("rollouts") or "null",
         code=code("evaluation.video"),
     shell:
-        "$PYTHON -m demo2eval.evaluation.video --checkpoint {input.checkpoint:q} --task {params.task:q}"
+        "$PYTHON -m demo2eval.gpus {resources.gpu} $PYTHON -m demo2eval.evaluation.video"
+        " --checkpoint {input.checkpoint:q} --task {params.task:q}"
         " --object {params.object:q} --milestones {params.milestones:q}"
         " --evaluation {params.evaluation:q} --evaluation.num_videos {params.num_videos:q}"
         " --evaluation.num_workers {threads} --rollouts {params.rollouts:q}"
@@ -73,6 +82,7 @@ rule success_table:
         "results/{run}/logs/success_table.log",
     benchmark:
         "results/{run}/benchmarks/success_table.tsv"
+    localrule: True
     params:
         rollouts=lambda wildcards, input: json.dumps(list(input.rollouts)),
         code=code("evaluation.success_table"),
@@ -112,11 +122,15 @@ rule action_error:
     threads: 2
     resources:
         gpu=1,
+        mem=request("rollout_mem"),
+        runtime=60,
+        slurm_extra=slurm("--nice=100"),
     params:
         num_val_demos=field("training.num_val_demos"),
         evaluation=section("evaluation"),
         code=code("evaluation.action_error"),
     shell:
-        "$PYTHON -m demo2eval.evaluation.action_error --checkpoint {input.checkpoint:q}"
+        "$PYTHON -m demo2eval.gpus {resources.gpu} $PYTHON -m demo2eval.evaluation.action_error"
+        " --checkpoint {input.checkpoint:q}"
         " --image_cache {input.image_cache:q} --num_val_demos {params.num_val_demos:q}"
         " --evaluation {params.evaluation:q} --output {output.manifest:q} 2>&1 | tee {log:q}"

@@ -10,6 +10,10 @@ rule init_checkpoint:
         "results/{run}/logs/init_checkpoint.log",
     benchmark:
         "results/{run}/benchmarks/init_checkpoint.tsv"
+    resources:
+        mem=request("init_mem"),
+        runtime=60,
+        slurm_extra=slurm(),
     params:
         task=field("task"),
         prompt=field("prompt"),
@@ -44,7 +48,11 @@ rule train:
     retries: 2
     threads: 8
     resources:
-        gpu=1,
+        gpu=field("training.fsdp_devices"),
+        mem=request("train_mem"),
+        runtime=request("train_minutes"),
+        # The limit is announced while there is time to save.
+        slurm_extra=slurm("--signal=TERM@300"),
         # Here and not in params: they make nothing stale.
         micro_batch_size=schedule("training.micro_batch_size"),
         remat=schedule("training.remat"),
@@ -58,14 +66,16 @@ rule train:
         actions=section("actions"),
         code=code("training.train"),
     shell:
-        "$PYTHON -m demo2eval.training.train --previous {input.previous:q}"
+        # The shell and tee outlive a request to stop, so that training can save and say so.
+        "trap : TERM; $PYTHON -m demo2eval.gpus {resources.gpu} $PYTHON"
+        " -m demo2eval.training.train --previous {input.previous:q}"
         " --image_cache {input.image_cache:q} --step {wildcards.step:q} --seed {params.seed:q}"
         " --training {params.training:q} --training.micro_batch_size {resources.micro_batch_size}"
         " --training.remat {resources.remat} --training.fsdp_devices {resources.fsdp_devices}"
         " --training.save_minutes {resources.save_minutes}"
         " --training.keep_period {resources.keep_period} --training.tracker {resources.tracker}"
         " --actions {params.actions:q} --output {output.manifest:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | (trap '' TERM; tee {log:q})"
 
 
 rule loss_curve:
@@ -78,6 +88,7 @@ rule loss_curve:
         "results/{run}/logs/loss_curve.log",
     benchmark:
         "results/{run}/benchmarks/loss_curve.tsv"
+    localrule: True
     params:
         metrics=as_json,
         code=code("training.loss_curve"),
