@@ -25,7 +25,8 @@ def start(tmp_path, monkeypatch):
     """A function that starts a command on so many GPUs; the commands are ended at the end."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "workflow"))
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
     processes = []
 
     def run(count: int, devices: str, seconds: float) -> subprocess.Popen:
@@ -61,8 +62,7 @@ def test_no_two_commands_have_the_same_gpu_at_a_time(start, tmp_path):
 
 def test_a_killed_command_frees_its_gpu(start, tmp_path):
     killed = start(1, "0", 60)
-    locks = tmp_path / f"demo2eval-gpus-{os.getuid()}"
-    while not list(locks.glob("*.lock")):
+    while not list(tmp_path.glob("demo2eval-gpus-*/*.lock")):
         time.sleep(0.05)
     time.sleep(0.5)
     waiting = start(1, "0", 0)
@@ -79,11 +79,22 @@ def test_more_gpus_than_there_are_is_a_sentence(start):
     assert "takes 2 GPUs and there are 1" in process.stderr.read().decode()
 
 
-def test_slurms_choice_and_a_machine_without_gpus_are_left_alone(start, tmp_path, monkeypatch):
+def test_sruns_choice_and_a_machine_without_gpus_are_left_alone(start, tmp_path, monkeypatch):
     assert start(2, "", 0).wait(30) == 0
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert start(2, "3", 0).wait(30) == 0
     assert (tmp_path / "out").read_text().split()[-3] == "3"
+
+
+def test_two_jobs_of_slurm_may_name_different_gpus_alike(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    first = start(1, "0", 3)
+    while not list(tmp_path.glob("demo2eval-gpus-*-1/*.lock")):
+        time.sleep(0.05)
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    assert start(1, "0", 0).wait(30) == 0
+    assert first.poll() is None
+    assert first.wait(30) == 0
 
 
 def test_eight_gpus_run_eight_jobs_of_the_default_profile(tmp_path):

@@ -6,7 +6,8 @@ waits for as many free GPUs as it is told, names them in CUDA_VISIBLE_DEVICES an
 command. A GPU is free again when the command and its children have ended, however they ended. Of
 several GPUs that the shell has in CUDA_VISIBLE_DEVICES already, only those are given out.
 
-In a job of SLURM, which has chosen the GPUs, and where there is no GPU, nothing is done.
+Within a job of SLURM the GPUs are those of the job. Nothing is done where there is no GPU, and
+where srun started several processes, each of which has its own.
 """
 
 import fcntl
@@ -76,8 +77,10 @@ def main() -> None:
     """Become the command of the command line."""
     count, command = int(sys.argv[1]), sys.argv[2:]
     devices = list_devices()
-    if devices and "SLURM_JOB_ID" not in os.environ:
-        folder = Path(tempfile.gettempdir()) / f"demo2eval-gpus-{os.getuid()}"
+    if devices and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        # Two jobs of SLURM may name different GPUs alike.
+        job = os.environ.get("SLURM_JOB_ID", "")
+        folder = Path(tempfile.gettempdir()) / f"demo2eval-gpus-{os.getuid()}-{job}"
         with report_errors():
             os.environ[VARIABLE] = ",".join(claim_gpus(count, devices, folder))
     os.execvp(command[0], command)

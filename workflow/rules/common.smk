@@ -242,6 +242,14 @@ def all_rollouts(wildcards):
     ]
 
 
+def rollouts_of_runs(wildcards):
+    return [
+        f"results/{name}/rollouts/{step}.json"
+        for name in wildcards.runs.split("+")
+        for step in get_run(name).steps
+    ]
+
+
 def all_metrics(wildcards):
     steps = get_run(wildcards.run).steps[1:]
     return [f"results/{wildcards.run}/checkpoints/{step}/metrics.csv" for step in steps]
@@ -387,5 +395,6 @@ def find_changes(manifest, run):
 
 wildcard_constraints:
     run="[a-z][a-z0-9_]*",
+    runs=r"[a-z][a-z0-9_]*(\+[a-z][a-z0-9_]*)*",
     step=r"\d+",
     shard=r"\d{3}",

@@ -92,6 +92,26 @@ rule success_table:
         " --milestones {output.milestones:q} 2>&1 | tee {log:q}"
 
 
+# Not part of the chain: runs beside each other, results/comparisons/<run>+<run>.csv.
+rule comparison:
+    input:
+        rollouts_of_runs,
+    output:
+        table="results/comparisons/{runs}.csv",
+        figure="results/comparisons/{runs}.png",
+    log:
+        "results/comparisons/{runs}.log",
+    benchmark:
+        "results/comparisons/{runs}.tsv"
+    localrule: True
+    params:
+        rollouts=as_json,
+        code=code("evaluation.comparison"),
+    shell:
+        "$PYTHON -m demo2eval.evaluation.comparison --rollouts {params.rollouts:q}"
+        " --table {output.table:q} --figure {output.figure:q} 2>&1 | tee {log:q}"
+
+
 # Not part of the chain: to find out why a run fails.
 
 

@@ -61,13 +61,16 @@ rule train:
         keep_period=schedule("training.keep_period"),
         tracker=schedule("training.tracker"),
     params:
+        # srun, for several processes: a job of SLURM with the resource mpi (docs/cluster.md). What
+        # follows from resources makes nothing stale.
+        launcher=lambda wildcards, resources: resources.get("mpi", ""),
         seed=field("seed"),
         training=section("training"),
         actions=section("actions"),
         code=code("training.train"),
     shell:
         # The shell and tee outlive a request to stop, so that training can save and say so.
-        "trap : TERM; $PYTHON -m demo2eval.gpus {resources.gpu} $PYTHON"
+        "trap : TERM; {params.launcher} $PYTHON -m demo2eval.gpus {resources.gpu} $PYTHON"
         " -m demo2eval.training.train --previous {input.previous:q}"
         " --image_cache {input.image_cache:q} --step {wildcards.step:q} --seed {params.seed:q}"
         " --training {params.training:q} --training.micro_batch_size {resources.micro_batch_size}"

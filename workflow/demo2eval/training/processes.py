@@ -31,7 +31,10 @@ def join_processes() -> bool:
     if not jax.distributed.is_initialized():
         # Without GPUs, as in tests, processes talk to each other through Gloo.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize()
+        # JAX takes the GPU of the process's number on its host, but srun may show it only its own.
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        has_own = shown != "" and "," not in shown
+        jax.distributed.initialize(local_device_ids=[0] if has_own else None)
     return True
 
 

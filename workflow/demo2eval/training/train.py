@@ -144,6 +144,9 @@ def _train(
     try:
         state = trainer.train(state, host_ema, range(first, step), metrics, saved)
     except Stopped as stopped:
+        saver.wait()
+        # srun kills the other processes when the first one ends.
+        wait_for_all("stopped")
         print(
             f"told to stop at step {stopped}, which is saved; the same command goes on from there.",
             file=sys.stderr,
