@@ -8,6 +8,7 @@ from test_success_table import FAILED, SOLVED, write_rollouts
 
 from demo2eval.errors import UserError
 from demo2eval.evaluation.comparison import compare_runs
+from demo2eval.evaluation.regression import check_regression
 
 
 @pytest.fixture
@@ -47,3 +48,14 @@ def test_other_settings_and_other_tasks_are_not_compared(compare, tmp_path):
         compare([one, longer])
     with pytest.raises(UserError, match="no two of them"):
         compare([one])
+
+
+def test_a_regression_fails_only_where_it_is_beyond_chance(tmp_path):
+    good = write_rollouts(tmp_path / "good", 10, [SOLVED] * 40)
+    worse = write_rollouts(tmp_path / "worse", 10, [SOLVED] * 30 + [FAILED] * 10)
+    similar = write_rollouts(tmp_path / "similar", 10, [SOLVED] * 39 + [FAILED])
+    check_regression(similar, good)
+    check_regression(good, worse)
+    with pytest.raises(UserError, match="does worse than"):
+        check_regression(worse, good)
+    check_regression(worse, good, margin=0.2)

@@ -21,7 +21,7 @@ def write_rollouts(folder: Path, step: int, episodes: list[tuple], max_episode_s
     settings = {
         "task": "PushCube-v1",
         "milestones": find_task("PushCube-v1").milestones,
-        "evaluation": Evaluation(num_episodes=4, max_episode_steps=max_episode_steps),
+        "evaluation": Evaluation(num_episodes=len(episodes), max_episode_steps=max_episode_steps),
     }
     with run_stage(
         output, stage="rollout", module="demo2eval.evaluation.rollout", settings=settings

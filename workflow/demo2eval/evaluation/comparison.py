@@ -89,6 +89,14 @@ class Rollouts:
         names = [NOTHING, *self.settings["milestones"]["names"]]
         self.furthest = self.episodes.milestone.map(names.index)
 
+    def check_comparable(self, other: "Rollouts") -> None:
+        """Raise a UserError if the episodes were made in another way, or on other seeds."""
+        if self.settings != other.settings:
+            raise UserError(
+                f"{self.path} and {other.path} were evaluated under different settings; give "
+                "their runs the same `evaluation`, or compare them apart."
+            )
+
 
 def list_pairs(rollouts: list[Rollouts]) -> list[tuple[Rollouts, Rollouts]]:
     """Return the pairs to compare, the later or first named checkpoint first.
@@ -105,11 +113,7 @@ def list_pairs(rollouts: list[Rollouts]) -> list[tuple[Rollouts, Rollouts]]:
         if item is not last[item.run]
     ]
     for first, second in pairs:
-        if first.settings != second.settings:
-            raise UserError(
-                f"{first.path} and {second.path} were evaluated under different settings; give "
-                "their runs the same `evaluation`, or compare them apart."
-            )
+        first.check_comparable(second)
     return pairs
 
 
