@@ -335,6 +335,7 @@ def test_a_cluster_is_asked_for_what_a_full_size_job_takes(checkout):
     asked = {
         rule: dict(re.findall(r"(\w+)=([^,\n]*)", text.split("resources: ")[1]))
         for rule, text in jobs
+        if rule not in ("loss_curve", "success_table")  # these run on the login node
     }
     assert asked.keys() >= {"plan", "replay", "dataset", "init_checkpoint", "train", "rollout"}
     assert all({"mem_mb", "runtime"} <= resources.keys() for resources in asked.values())

@@ -95,7 +95,7 @@ def test_threads_change_nothing(stored, tmp_path):
 def test_killed_and_started_again_it_ends_the_same(stored, tmp_path, monkeypatch, instant):
     storage, dataset = stored
     make(tmp_path / "undisturbed", dataset, image_size=64)
-    decode_file, rename = module.decode_file, Path.rename
+    decode_file, replace = module.decode_file, Path.replace
 
     def interrupt_decoding(task, array, folder, resize_to):
         if instant == "in the first file":
@@ -106,15 +106,15 @@ def test_killed_and_started_again_it_ends_the_same(stored, tmp_path, monkeypatch
         decode_file(task, array, folder, resize_to)
 
     def interrupt_publishing(path, target):
-        renamed = rename(path, target)
-        if "images" in path.name:
+        replaced = replace(path, target)
+        if path.name.startswith("images"):
             raise KeyboardInterrupt
-        return renamed
+        return replaced
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "decode_file", interrupt_decoding)
         if instant == "while publishing":
-            patch.setattr(Path, "rename", interrupt_publishing)
+            patch.setattr(Path, "replace", interrupt_publishing)
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / "killed", dataset, image_size=64)
     assert not (tmp_path / "killed" / "manifest.json").exists()

@@ -52,13 +52,15 @@ def test_errors_of_training_and_validation_samples(pushcube_run, tmp_path, monke
 
 
 def test_another_dataset_is_refused(pushcube_run, tmp_path):
-    content = json.loads((pushcube_run / "cache_64/manifest.json").read_text())
+    cache = tmp_path / "cache"
+    shutil.copytree(pushcube_run / "cache_64", cache)
+    content = json.loads((cache / "manifest.json").read_text())
     content["inputs"]["dataset"][0]["digest"] = "0" * 64
-    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    (cache / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="was not trained on the dataset of"):
         measure_action_error(
             pushcube_run / "checkpoints/0.json",
-            tmp_path / "manifest.json",
+            cache / "manifest.json",
             tmp_path / "0.json",
             num_val_demos=1,
         )

@@ -577,6 +577,13 @@ def load(config: Mapping[str, Any]) -> dict[str, Run]:
         try:
             runs[name] = resolve(entries, name)
             problems += [f"run {name!r}: {problem}" for problem in contradictions(runs[name])]
+            others = [task for task in entries.tasks if task != runs[name].task]
+            problems += [
+                f"run {name!r}: its prompt is that of {task}, and its task is "
+                f"{runs[name].task}; mend `prompt`."
+                for task in others
+                if entries.tasks[task].prompt == runs[name].prompt
+            ]
         except UserError as error:
             problems.append(f"run {name!r}: {error}")
     if problems:

@@ -1,10 +1,42 @@
 # Evaluation: rollouts of each checkpoint on the same seeds, the table, the curve and a video.
 
 
+# Training and rollouts wait for it; what it finds anew makes nothing stale (ancient).
+rule preflight:
+    input:
+        checkpoint="results/{run}/checkpoints/0.json",
+        dataset=dataset_of_run,
+        image_cache=image_cache_of_run,
+    output:
+        "results/{run}/preflight.json",
+    log:
+        "results/{run}/logs/preflight.log",
+    benchmark:
+        "results/{run}/benchmarks/preflight.tsv"
+    threads: field("evaluation.num_workers")
+    resources:
+        mem=16000,
+        runtime=60,
+        slurm_extra=slurm(),
+    params:
+        task=field("task"),
+        object=field("object"),
+        joint_perturbation=field("replay.joint_perturbation"),
+        evaluation=section("evaluation"),
+        code=code("evaluation.preflight"),
+    shell:
+        "$PYTHON -m demo2eval.evaluation.preflight --checkpoint {input.checkpoint:q}"
+        " --dataset {input.dataset:q} --image_cache {input.image_cache:q} --task {params.task:q}"
+        " --object {params.object:q} --joint_perturbation {params.joint_perturbation}"
+        " --evaluation {params.evaluation:q}"
+        " --evaluation.num_workers {threads} --output {output:q} 2>&1 | tee {log:q}"
+
+
 rule rollout:
     input:
         checkpoint="results/{run}/checkpoints/{step}.json",
         dataset=dataset_of_run,
+        preflight=ancient("results/{run}/preflight.json"),
     output:
         manifest="results/{run}/rollouts/{step}.json",
         episodes="results/{run}/rollouts/{step}.csv",

@@ -35,6 +35,7 @@ rule train:
     input:
         previous=previous_checkpoint,
         image_cache=image_cache_of_run,
+        preflight=ancient("results/{run}/preflight.json"),
     output:
         manifest="results/{run}/checkpoints/{step}.json",
         metrics="results/{run}/checkpoints/{step}/metrics.csv",
