@@ -101,6 +101,24 @@ def test_the_chain_ends_in_a_table(checkout):
     assert (checkout / "results/smallest/videos/2.mp4").stat().st_size > 1_000
 
 
+def test_the_demonstrations_were_executed_before_training(checkout):
+    manifest = json.loads((checkout / "results/smallest/preflight.json").read_text())
+    assert manifest["metadata"]["success_of_demos"] == 1
+
+
+def test_a_changed_preflight_trains_and_evaluates_nothing_again(checkout, edit):
+    edit("workflow/demo2eval/evaluation/preflight.py", lambda text: text + "\nEDITED = 1\n")
+    assert planned_jobs(checkout) == {"preflight": 1}
+
+
+def test_checkpoints_are_compared_on_the_same_seeds(checkout):
+    target = "results/comparisons/smallest.csv"
+    result = snakemake(checkout, "--cores", "1", target=target)
+    assert result.returncode == 0, result.stderr
+    table = pandas.read_csv(checkout / target)
+    assert table[["step", "other_step", "episodes"]].values.tolist() == [[2, 0, 2]]
+
+
 def test_a_number_leads_back_to_the_seeds_of_the_demos(checkout):
     manifest = json.loads((checkout / "results/smallest/rollouts/2.json").read_text())
     seeds = []

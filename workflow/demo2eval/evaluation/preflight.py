@@ -23,8 +23,13 @@ from demo2eval.cli import run
 from demo2eval.config import Evaluation, Milestones
 from demo2eval.data.chunks import chunk_rows, last_rows
 from demo2eval.errors import UserError
-from demo2eval.evaluation.rollout import make_episode_settings
-from demo2eval.evaluation.workers import EpisodeResult, Infer, PolicyCall, run_episodes
+from demo2eval.evaluation.workers import (
+    EpisodeResult,
+    Infer,
+    PolicyCall,
+    make_episode_settings,
+    run_episodes,
+)
 from demo2eval.maniskill.env import CONTROL_FREQUENCY
 from demo2eval.pi0.image import resize_with_pad
 from demo2eval.pi0.normalize import NormStats, load_norm_stats, normalize

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from demo2eval.checkpoints.policy_metadata import PolicyMetadata, read_policy_metadata
+from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.checkpoints.verify import verify_checkpoint
 from demo2eval.cli import run
 from demo2eval.config import Evaluation, Milestones
@@ -29,6 +29,7 @@ from demo2eval.evaluation.workers import (
     EpisodeSettings,
     Infer,
     PolicyCall,
+    make_episode_settings,
     run_episodes,
 )
 from demo2eval.provenance import read_manifest, run_stage, write_atomic
@@ -132,45 +133,6 @@ def check_seeds(seeds: Iterable[int], checkpoint: Path, dataset: Path) -> None:
             f"in {dataset}; move evaluation.first_seed, or the policy is tested on what it was "
             "shown."
         )
-
-
-def make_episode_settings(
-    policy: PolicyMetadata,
-    task: str,
-    object: str,
-    milestones: Milestones,
-    evaluation: Evaluation,
-    record_frames: bool = False,
-) -> EpisodeSettings:
-    """Return what the simulator processes need, with the env as the policy was trained in it.
-
-    Raises:
-        UserError: if the policy is of another task, or predicts too few actions.
-    """
-    if policy.task != task:
-        raise UserError(
-            f"the checkpoint is a policy for {policy.task}, not for {task}; evaluate it on its own "
-            "task."
-        )
-    horizon = policy.config.action_horizon
-    if evaluation.replan_steps > horizon:
-        raise UserError(
-            f"evaluation.replan_steps {evaluation.replan_steps} is more than the policy's "
-            f"{horizon} actions; lower it."
-        )
-    return EpisodeSettings(
-        task=task,
-        robot=policy.robot,
-        control_mode=policy.control_mode,
-        cameras=tuple(sorted(set(policy.cameras.values()))),
-        image_size=policy.image_size,
-        state=tuple(policy.state),
-        object=object,
-        milestones=milestones,
-        max_episode_steps=evaluation.max_episode_steps,
-        replan_steps=evaluation.replan_steps,
-        record_frames=record_frames,
-    )
 
 
 def policy_loader(checkpoint: Path, evaluation: Evaluation) -> Callable[[], Infer]:

@@ -18,8 +18,13 @@ from demo2eval.checkpoints.verify import verify_checkpoint
 from demo2eval.cli import run
 from demo2eval.config import Evaluation, Milestones
 from demo2eval.errors import UserError
-from demo2eval.evaluation.rollout import list_seeds, make_episode_settings, policy_loader
-from demo2eval.evaluation.workers import FRAME_SIZE, EpisodeResult, run_episodes
+from demo2eval.evaluation.rollout import list_seeds, policy_loader
+from demo2eval.evaluation.workers import (
+    FRAME_SIZE,
+    EpisodeResult,
+    make_episode_settings,
+    run_episodes,
+)
 from demo2eval.maniskill.env import CONTROL_FREQUENCY
 from demo2eval.provenance import read_manifest, run_stage
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from demo2eval.config import Milestones
+from demo2eval.checkpoints.policy_metadata import PolicyMetadata
+from demo2eval.config import Evaluation, Milestones
 from demo2eval.errors import UserError
 
 FRAME_SIZE = 256
@@ -54,6 +55,45 @@ class EpisodeSettings:
     max_episode_steps: int
     replan_steps: int
     record_frames: bool = False
+
+
+def make_episode_settings(
+    policy: PolicyMetadata,
+    task: str,
+    object: str,
+    milestones: Milestones,
+    evaluation: Evaluation,
+    record_frames: bool = False,
+) -> EpisodeSettings:
+    """Return what the simulator processes need, with the env as the policy was trained in it.
+
+    Raises:
+        UserError: if the policy is of another task, or predicts too few actions.
+    """
+    if policy.task != task:
+        raise UserError(
+            f"the checkpoint is a policy for {policy.task}, not for {task}; evaluate it on its own "
+            "task."
+        )
+    horizon = policy.config.action_horizon
+    if evaluation.replan_steps > horizon:
+        raise UserError(
+            f"evaluation.replan_steps {evaluation.replan_steps} is more than the policy's "
+            f"{horizon} actions; lower it."
+        )
+    return EpisodeSettings(
+        task=task,
+        robot=policy.robot,
+        control_mode=policy.control_mode,
+        cameras=tuple(sorted(set(policy.cameras.values()))),
+        image_size=policy.image_size,
+        state=tuple(policy.state),
+        object=object,
+        milestones=milestones,
+        max_episode_steps=evaluation.max_episode_steps,
+        replan_steps=evaluation.replan_steps,
+        record_frames=record_frames,
+    )
 
 
 @dataclass(frozen=True)
