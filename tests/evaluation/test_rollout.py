@@ -12,14 +12,18 @@ from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.config import Evaluation
 from demo2eval.errors import UserError
 from demo2eval.evaluation.rollout import (
-    make_episode_settings,
     policy_loader,
     read_rows,
     run_rollouts,
     to_row,
     write_rows,
 )
-from demo2eval.evaluation.workers import EpisodeResult, make_rollout_env, run_episode
+from demo2eval.evaluation.workers import (
+    EpisodeResult,
+    make_episode_settings,
+    make_rollout_env,
+    run_episode,
+)
 from demo2eval.provenance import read_manifest, run_stage, sha256_file
 
 pytestmark = pytest.mark.simulator
