@@ -180,7 +180,7 @@ def draw_differences(rows: "pd.DataFrame", file: Path) -> None:
     axes.axvline(0, color="0.3", linestyle=":", linewidth=1.2)
     axes.set_yticks(places, map(name_pair, rows.to_dict("records")), fontsize=9)
     axes.invert_yaxis()
-    axes.set(xlabel="difference of success once (percentage points), 95 % paired interval")
+    axes.set(xlabel="difference of success once\n(percentage points, 95 % paired interval)")
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150, format="png", metadata={"Software": None})
