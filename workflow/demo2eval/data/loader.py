@@ -4,8 +4,8 @@ Samples are drawn without replacement: every epoch is a new permutation of all s
 run across the border between epochs. Nothing is kept between calls, so a resumed training sees the
 very batches of an uninterrupted one.
 
-Grain over the same arrays was slower (docs/benchmarks.md): it makes each sample by a call of its own,
-where a batch here is one index into each array.
+Grain over the same arrays was slower (docs/benchmarks.md): it makes each sample by a call of its
+own, where a batch here is one index into each array.
 """
 
 import queue
