@@ -32,7 +32,8 @@ rule rollout:
         " --checkpoint {input.checkpoint:q}"
         " --dataset {input.dataset:q} --task {params.task:q} --object {params.object:q}"
         " --milestones {params.milestones:q} --evaluation {params.evaluation:q}"
-        " --evaluation.num_workers {threads} --output {output.manifest:q} 2>&1 | tee {log:q}"
+        " --evaluation.num_workers {threads} --output {output.manifest:q}"
+        " 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 rule video:
@@ -66,7 +67,8 @@ rule video:
         " --object {params.object:q} --milestones {params.milestones:q}"
         " --evaluation {params.evaluation:q} --evaluation.num_videos {params.num_videos:q}"
         " --evaluation.num_workers {threads} --rollouts {params.rollouts:q}"
-        " --output {output.manifest:q} 2>&1 | tee {log:q}"
+        " --output {output.manifest:q}"
+        " 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 rule success_table:
@@ -89,7 +91,7 @@ rule success_table:
     shell:
         "$PYTHON -m demo2eval.evaluation.success_table --run {wildcards.run:q}"
         " --rollouts {params.rollouts:q} --table {output.table:q} --curve {output.curve:q}"
-        " --milestones {output.milestones:q} 2>&1 | tee {log:q}"
+        " --milestones {output.milestones:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 # Not part of the chain: to find out why a run fails.
@@ -133,4 +135,5 @@ rule action_error:
         "$PYTHON -m demo2eval.gpus {resources.gpu} $PYTHON -m demo2eval.evaluation.action_error"
         " --checkpoint {input.checkpoint:q}"
         " --image_cache {input.image_cache:q} --num_val_demos {params.num_val_demos:q}"
-        " --evaluation {params.evaluation:q} --output {output.manifest:q} 2>&1 | tee {log:q}"
+        " --evaluation {params.evaluation:q} --output {output.manifest:q}"
+        " 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
