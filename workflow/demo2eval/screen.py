@@ -1,9 +1,10 @@
 """What Snakemake shows on the screen: a line per job, and one sentence for each that fails.
 
-The profile names it (`logger: demo2eval`). A dry run, and `--verbose`, show all that Snakemake
-says. Snakemake's own log in .snakemake/log has it in any case.
+The profile names it (`logger: demo2eval`). A dry run shows the jobs as Snakemake does, and
+`--verbose` all that it says; its own log in .snakemake/log has that in any case.
 """
 
+import contextlib
 import logging
 import re
 import sys
@@ -22,11 +23,11 @@ LONGEST = 380
 """Characters of a sentence: five lines of a terminal."""
 NOISE = re.compile(
     r"host: |Building DAG|Using shell|Provided |Rules claiming|Assuming unrestricted|Select jobs"
-    r"|Execute \d|Shutting down|Exiting because|Complete log|DAG of jobs will be updated|Reasons:"
+    r"|Execute \d|Shutting down|Exiting because|Complete log|DAG of jobs will be updated"
     r"|Config file .* is extended|Group jobs|Conda environments|Singularity|Elapsed time"
-    r"|Removing output files of failed job|Trying to restart job|At least one job"
+    r"|Removing output files of failed job|Trying to restart job|At least one job|None$|$"
 )
-SHOWN_EVENTS = (None, LogEvent.RUN_INFO, LogEvent.JOB_INFO, LogEvent.PROGRESS, LogEvent.JOB_ERROR)
+SHOWN = (None, LogEvent.RUN_INFO, LogEvent.JOB_INFO, LogEvent.PROGRESS)
 HEADER = re.compile(
     r"^ *(Error|WorkflowError|InputFunctionException|MissingRuleException)"
     r'( in rule \w+)?( in file ".*", line \d+)?:$'
@@ -43,12 +44,11 @@ class LogHandler(LogHandlerBase):
         self._screen = ColorizingTextHandler(
             nocolor=settings.nocolor, stream=sys.stdout if settings.stdout else sys.stderr
         )
-        self._formatter = BriefFormatter(settings.quiet, settings.show_failed_logs)
-        self._formatter.brief = not settings.dryrun
-        if settings.verbose:
-            self._formatter = DefaultFormatter(settings.quiet, settings.show_failed_logs)
-        self._brief = not (settings.verbose or settings.dryrun)
+        self._full = DefaultFormatter(settings.quiet, settings.show_failed_logs)
+        self._brief = BriefFormatter(settings.quiet)
+        self._verbose, self._dryrun = settings.verbose, settings.dryrun
         self._said: set[str] = set()
+        self._waiting: list[str] = []
         self.addFilter(
             DefaultFilter(
                 settings.quiet,
@@ -61,17 +61,36 @@ class LogHandler(LogHandlerBase):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a message, if it is worth it."""
-        text = self._formatter.format(record)
-        if text in ("", "None") or (self._brief and not is_shown(record)):
+        event = getattr(record, "event", None)
+        # A dry run is asked for all that is to be known of the jobs.
+        is_full = self._verbose or (self._dryrun and record.levelno < logging.ERROR)
+        text = (self._full if is_full else self._brief).format(record)
+        if not self._verbose and not self._is_worth(record, text):
             return
-        if self._brief and record.levelno >= logging.ERROR:
-            # A job that is tried again may fail again.
-            if text in self._said:
-                return
-            self._said.add(text)
+        if event == LogEvent.RUN_INFO and not self._dryrun and not self._verbose:
+            # Shown when a job starts: something may be in its way.
+            self._waiting = [text]
+            return
+        if event == LogEvent.JOB_INFO:
+            text = "\n".join([*self._waiting, text])
+            self._waiting = []
         clear = CLEAR_LINE if self._screen.is_tty else ""
-        self._screen.stream.write(f"{clear}{self._screen.decorate(record, text)}\n")
-        self._screen.flush()
+        # Nobody may read any more, as with `| head`.
+        with contextlib.suppress(BrokenPipeError):
+            self._screen.stream.write(f"{clear}{self._screen.decorate(record, text)}\n")
+            self._screen.flush()
+
+    def _is_worth(self, record: logging.LogRecord, text: str) -> bool:
+        if NOISE.match(text):
+            return False
+        if record.levelno < logging.WARNING:
+            event = getattr(record, "event", None)
+            return event in SHOWN or (self._dryrun and event != LogEvent.WORKFLOW_STARTED)
+        # Of a job that failed another message gives the reason; tried again, it may fail again.
+        if "CalledProcessError" in text or text in self._said:
+            return False
+        self._said.add(text)
+        return True
 
     @property
     def writes_to_stream(self) -> bool:
@@ -94,19 +113,8 @@ class LogHandler(LogHandlerBase):
         return False
 
 
-def is_shown(record: logging.LogRecord) -> bool:
-    """Whether a message of Snakemake's is worth a line on the screen."""
-    event, text = getattr(record, "event", None), str(record.msg or "")
-    if record.levelno >= logging.WARNING:
-        # Of a job that failed another message gives the reason.
-        return not (NOISE.match(text) or "CalledProcessError" in text)
-    return event in SHOWN_EVENTS and not NOISE.match(text)
-
-
 class BriefFormatter(DefaultFormatter):
     """Formats what happens in few words, and errors without where they were raised."""
-
-    brief = True
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of a message; "" for one without any."""
@@ -116,17 +124,24 @@ class BriefFormatter(DefaultFormatter):
             return describe_failure(fields["rule_name"], fields["log"])
         if record.levelno >= logging.ERROR:
             return strip_location(str(record.msg))
-        if self.brief and event == LogEvent.JOB_INFO:
+        if event == LogEvent.JOB_INFO:
             return f"{now} {fields['rule_name']} {' '.join(fields['output'][:1])}"
-        if self.brief and event == LogEvent.PROGRESS:
+        if event == LogEvent.PROGRESS:
             return f"{now} {fields['done']} of {fields['total']} jobs done"
+        if event == LogEvent.RUN_INFO and "stats" in fields:
+            stats = dict(fields["stats"])
+            total = stats.pop("total", sum(stats.values()))
+            counts = ", ".join(f"{count} {rule}" for rule, count in stats.items())
+            return f"{now} {total} jobs: {counts}"
         return super().format(record)
 
 
 def strip_location(text: str) -> str:
-    """Return an error of Snakemake's without where in the workflow it was raised."""
-    lines = text.splitlines()
-    if not HEADER.match(lines[0]):
+    """Return an error of Snakemake's without where it was raised."""
+    lines = text.rstrip().splitlines()
+    if text.startswith("Traceback"):
+        return f"{lines[-1]} (--verbose shows where)"
+    if not lines or not HEADER.match(lines[0]):
         return text
     kept = [line for line in lines if not HEADER.match(line) and not TRACE.match(line)]
     return textwrap.dedent("\n".join(kept)).strip("\n") or text
