@@ -124,11 +124,18 @@ def find_manifest(value: Any) -> Any:
 def describe_job(arguments: dict[str, Any]) -> str:
     """Return how a log begins: date, module, machine and arguments."""
     module = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])
+    from demo2eval.config import Section
+
     lines = [f"{datetime.now():%Y-%m-%d %H:%M:%S} {module} on {platform.node()}", describe_device()]
     for name, value in arguments.items():
-        if hasattr(value, "model_dump"):
-            value = {f"{name}.{key}": item for key, item in value.model_dump().items()}
-            lines += [f"  {key}: {item}" for key, item in value.items()]
+        if isinstance(value, Section):
+            # What changes no result was not passed on, unless it differs.
+            known, fields = value.result_settings(), type(value).model_fields
+            lines += [
+                f"  {name}.{key}: {item}"
+                for key, item in value
+                if key in known or item != fields[key].default
+            ]
         elif isinstance(value, list):
             lines.append(f"  {name}: {', '.join(map(str, value))}")
         else:

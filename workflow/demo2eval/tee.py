@@ -22,7 +22,7 @@ class Tee:
 
     def __init__(self, log, name: str, verbose: bool):
         self._log, self._name, self._verbose = log, name, verbose
-        self._line, self._bar_logged = "", time.monotonic()
+        self._line, self._logged, self._bar_logged = "", "", time.monotonic()
         self._terminal = sys.stderr.isatty()
 
     def feed(self, text: str) -> None:
@@ -48,10 +48,11 @@ class Tee:
             sys.stderr.flush()
         if time.monotonic() - self._bar_logged > BAR_SECONDS:
             self._write(self._line)
-            self._bar_logged = time.monotonic()
+            self._logged, self._bar_logged = self._line, time.monotonic()
 
     def _end_line(self) -> None:
-        self._write(self._line)
+        if not self._line or self._line != self._logged:
+            self._write(self._line)
         if self._verbose:
             print(f"{CLEAR_LINE if self._terminal else ''}{self._line}", file=sys.stderr)
         elif self._terminal:

@@ -1,6 +1,7 @@
 """Validates trajectory files, where demonstrations enter and where the dataset is made.
 
-In:  trajectory files (.h5 with the .json beside it), or manifests of demos, replays or datasets.
+In:  trajectory files (.h5 with the .json beside it), folders of them, or manifests of demos,
+     replays or datasets.
 Out: a line per issue; exit status 1 if there is any. Nothing is written.
 
 What is looked for:
@@ -589,6 +590,8 @@ def list_trajectory_files(path: Path) -> tuple[list[Path], list[Issue]]:
     Raises:
         UserError: if it is the manifest of something that has no trajectories.
     """
+    if path.is_dir():
+        return sorted(path.glob("*.h5")) or [path / "*.h5"], []
     if path.suffix != ".json":
         return [path], []
     manifest = read_manifest(path)
@@ -626,7 +629,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", type=Path, nargs="+", help="trajectory.h5, or manifest.json")
+    parser.add_argument(
+        "files", type=Path, nargs="+", help="trajectory.h5, a folder, or manifest.json"
+    )
     with report_errors():
         issues, files = validate_paths(parser.parse_args().files)
     for issue in issues:
