@@ -250,7 +250,8 @@ def test_own_files_are_named_by_their_content(checkout, pushcube_demos):
     folder.rename(moved)
     run["demos"]["source"] = "moved/*.h5"
     result = snakemake(checkout, *until, target=target, runs={"own": run})
-    assert "Nothing to be done" in result.stdout + result.stderr
+    assert result.returncode == 0, result.stderr
+    assert "no job needs to run" in result.stderr
 
 
 def test_a_job_that_fails_is_a_sentence_and_a_log(checkout, pushcube_demos):
@@ -258,12 +259,12 @@ def test_a_job_that_fails_is_a_sentence_and_a_log(checkout, pushcube_demos):
     own.write_bytes(pushcube_demos.with_name("trajectory.h5").read_bytes()[:20_000])
     own.with_suffix(".json").write_bytes(pushcube_demos.with_name("trajectory.json").read_bytes())
     runs = {"own": {"extends": "smallest", "demos": {"source": "spoilt.h5"}}}
-    words = ["--cores", "1", "--until", "import_demos"]
-    result = snakemake(checkout, *words, target="results/own/success.csv", runs=runs)
+    result = snakemake(checkout, "--cores", "2", target="results/own/success.csv", runs=runs)
     assert result.returncode != 0
     said = result.stdout + result.stderr
-    (shown,) = re.findall(r"^import_demos failed: spoilt.h5: cannot be read.*", said, re.MULTILINE)
-    (log,) = set(re.findall(r"^  log: (.*)", said, re.MULTILINE))
+    # One of each shard.
+    shown, _ = re.findall(r"^import_demos failed: spoilt.h5: cannot be read.*", said, re.MULTILINE)
+    log, _ = re.findall(r"^  log: (.*)", said, re.MULTILINE)
     text = (checkout / log).read_text()
     assert text.splitlines()[-1].removeprefix("demo2eval: error: ") in shown
     assert not {"Traceback", "wrapped", "common.smk", "Error in rule"} & set(

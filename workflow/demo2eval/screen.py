@@ -67,7 +67,7 @@ class LogHandler(LogHandlerBase):
         text = (self._full if is_full else self._brief).format(record)
         if not self._verbose and not self._is_worth(record, text):
             return
-        if event == LogEvent.RUN_INFO and not self._dryrun and not self._verbose:
+        if event == LogEvent.RUN_INFO and " jobs: " in text:
             # Shown when a job starts: something may be in its way.
             self._waiting = [text]
             return
@@ -131,6 +131,8 @@ class BriefFormatter(DefaultFormatter):
         if event == LogEvent.RUN_INFO and "stats" in fields:
             stats = dict(fields["stats"])
             total = stats.pop("total", sum(stats.values()))
+            if not total:
+                return f"{now} no job needs to run"
             counts = ", ".join(f"{count} {rule}" for rule, count in stats.items())
             return f"{now} {total} jobs: {counts}"
         return super().format(record)

@@ -14,6 +14,8 @@ from functools import cache
 from operator import attrgetter
 from pathlib import Path
 
+from snakemake.logging import logger
+
 WORKFLOW = Path(str(workflow.current_basedir)).parent
 sys.path.insert(0, str(WORKFLOW))
 
@@ -341,8 +343,8 @@ def print_results(jobs):
             for shard in run.shards(count_demos(run))
         ]
         dataset = Path(f"results/datasets/{dataset_name(run)}/manifest.json")
-        for line in closing_lines(run, dataset, manifests):
-            print(line, file=sys.stderr)
+        # By the logger, after what it has said of the last job.
+        logger.info("\n".join(closing_lines(run, dataset, manifests)))
 
 
 def prune_runs(file):
