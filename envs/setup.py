@@ -500,7 +500,7 @@ def set_up_vulkan(gpu):
         )
     stamp.write_text(drivers())
     if unpacked_environment():
-        say(f"to run Snakemake without make, type first: . {ENVIRONMENT_FILE.relative_to(ROOT)}")
+        say(f"to run a stage by hand, type first: . {ENVIRONMENT_FILE.relative_to(ROOT)}")
 
 
 # SLURM

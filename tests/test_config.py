@@ -1,7 +1,6 @@
 """The configuration: what is shipped is as it should be, and every mistake is a sentence."""
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -147,6 +146,10 @@ BAD_VALUES = [
     ("demos", {"first_seed": 2**31 - 1000}, "beyond 2147483647"),
     ("demos", {"on_invalid": "ignore"}, "error or skip"),
     ("demos", {"num_demos": None}, "demos.num_demos is None"),
+    ("demos", {"num_demos": "every"}, "demos.num_demos is 'every'"),
+    ("demos", {"num_demos": "all"}, "no end to what is planned"),
+    ("demos", {"source": ["a.h5", 2]}, "it should be plan, published, a path"),
+    ("demos", {"source": []}, "it should be plan, published, a path"),
     ("replay", {"image_size": 100_000}, "less than or equal to 1024"),
     ("replay", {"control_mode": "pd_joint_delta"}, "Did you mean 'pd_joint_delta_pos'?"),
     ("replay", {"control_mode": "pd_ee_delta_pose"}, "actions.delta needs"),
@@ -238,18 +241,6 @@ def test_missing_weights_are_one_sentence_with_two_ways_out(config, tmp_path, mo
     (tmp_path / "weights/paligemma_tokenizer.model").touch()
     assert module.missing_weights(runs["stackcube_pi0"]) is None
     assert module.missing_weights(runs["quickstart"]) is None
-
-
-def test_evaluation_seeds_are_compared_with_those_of_a_trajectory_file(config, tmp_path):
-    episodes = [{"episode_id": number, "episode_seed": number} for number in range(50)]
-    (tmp_path / "trajectory.json").write_text(json.dumps({"episodes": episodes}))
-    demos = {"source": str(tmp_path / "trajectory.h5")}
-    run = module.load(quickstart_with(config, demos=demos))["quickstart"]
-    said = module.used_seeds(run)
-    assert said is not None
-    assert "evaluation.first_seed to 50" in said
-    moved = quickstart_with(config, evaluation={"first_seed": 50})
-    assert module.used_seeds(module.load(moved)["quickstart"]) is None
 
 
 @pytest.mark.parametrize(("name", "made"), [("README.md", "readme"), ("schema.json", "schema")])

@@ -31,5 +31,5 @@ def test_a_killed_snakemake_is_unlocked_and_its_living_job_is_reused(tmp_path):
     kill_benchmark.snakemake(folder, "--unlock", *words, "--", kill_benchmark.TARGET)
     again = kill_benchmark.snakemake(folder, *words, "--", kill_benchmark.TARGET)
     assert again.returncode == 0, again.stderr
-    (log,) = folder.glob("results/demos/*/*/plan.log")
+    (log,) = folder.glob("results/demos/*/logs/plan-*.log")
     assert "reused" in log.read_text()

@@ -64,6 +64,7 @@ def checkout(tmp_path_factory) -> Path:
     (directory / "envs/planning/.venv").symlink_to(ROOT / "envs/planning/.venv")
     result = snakemake(directory, "--cores", "2")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    assert re.search(r"^smallest: \d of 2 episodes at step 2", result.stderr, re.MULTILINE)
     return directory
 
 
@@ -99,6 +100,9 @@ def test_the_chain_ends_in_a_table(checkout):
     assert metrics.step.tolist() == [1, 2]
     assert (checkout / "results/smallest/loss.png").stat().st_size > 10_000
     assert (checkout / "results/smallest/videos/2.mp4").stat().st_size > 1_000
+    log = (checkout / "results/smallest/logs/train_2.log").read_text()
+    assert "training.peak_lr: 0.001" in log
+    assert not [file for file in checkout.rglob("*.log") if b"\r" in file.read_bytes()]
 
 
 def test_the_demonstrations_were_executed_before_training(checkout):
@@ -245,20 +249,46 @@ def test_snakemakes_views_need_no_cores(checkout, words):
     assert result.returncode == 0, result.stderr
 
 
-def test_nothing_in_a_path_or_a_prompt_is_executed(checkout, pushcube_demos):
+def test_own_files_are_named_by_their_content(checkout, pushcube_demos):
+    """Nothing in a path or a prompt is executed; moved, the files make nothing again."""
     words = """it's "$(touch executed)" `touch executed` | > executed & ; * #"""
-    source = checkout / words / "my demos.h5"
-    source.parent.mkdir()
+    folder, moved = checkout / words, checkout / "moved"
+    folder.mkdir()
     for suffix in (".h5", ".json"):
-        copy = source.with_suffix(suffix)
+        copy = folder / f"my demos{suffix}"
         copy.write_bytes(pushcube_demos.with_name(f"trajectory{suffix}").read_bytes())
-    run = {"extends": "smallest", "prompt": words, "demos": {"source": f"{words}/{source.name}"}}
+    run = {"extends": "smallest", "prompt": words, "demos": {"source": words, "num_demos": "all"}}
     target, until = "results/own/success.csv", ["--cores", "2", "--until", "import_demos"]
     result = snakemake(checkout, *until, target=target, runs={"own": run})
     assert result.returncode == 0, result.stderr
-    (manifest,) = checkout.glob("results/demos/pushcube-file-*/shard-000/manifest.json")
-    assert json.loads(manifest.read_text())["metadata"]["demos"] == 3
+    manifests = sorted(checkout.glob("results/demos/pushcube-file-*/shard-*/manifest.json"))
+    imported = [json.loads(manifest.read_text())["metadata"]["demos"] for manifest in manifests]
+    assert imported == [2, 1]
     assert not list(checkout.rglob("executed*"))
+    folder.rename(moved)
+    run["demos"]["source"] = "moved/*.h5"
+    result = snakemake(checkout, *until, target=target, runs={"own": run})
+    assert result.returncode == 0, result.stderr
+    assert "no job needs to run" in result.stderr
+
+
+def test_a_job_that_fails_is_a_sentence_and_a_log(checkout, pushcube_demos):
+    own = checkout / "spoilt.h5"
+    own.write_bytes(pushcube_demos.with_name("trajectory.h5").read_bytes()[:20_000])
+    own.with_suffix(".json").write_bytes(pushcube_demos.with_name("trajectory.json").read_bytes())
+    runs = {"own": {"extends": "smallest", "demos": {"source": "spoilt.h5"}}}
+    result = snakemake(checkout, "--cores", "2", target="results/own/success.csv", runs=runs)
+    assert result.returncode != 0
+    said = result.stdout + result.stderr
+    # One of each shard.
+    shown, _ = re.findall(r"^import_demos failed: spoilt.h5: cannot be read.*", said, re.MULTILINE)
+    log, _ = re.findall(r"^  log: (.*)", said, re.MULTILINE)
+    text = (checkout / log).read_text()
+    assert text.splitlines()[-1].removeprefix("demo2eval: error: ") in shown
+    assert not {"Traceback", "wrapped", "common.smk", "Error in rule"} & set(
+        re.split(r"[\s,]", said)
+    )
+    assert (checkout / "results/own/logs/demos" / Path(log).name).read_text() == text
 
 
 def test_stale_results_without_snakemakes_records_are_named(checkout):
@@ -307,17 +337,19 @@ def test_missing_weights_stop_before_any_work(checkout):
     assert not list(checkout.glob("results/demos/stackcube*"))
 
 
-def test_demonstrated_seeds_are_refused_before_any_job(checkout):
+def test_demonstrated_seeds_are_refused_before_any_job(checkout, pushcube_demos):
     """ManiSkill's planner script numbers seeds from 0, and so does an evaluation."""
-    source = checkout / "own.h5"
-    source.write_bytes(b"")
-    episodes = [{"episode_seed": seed} for seed in range(3)]
-    source.with_suffix(".json").write_text(json.dumps({"episodes": episodes}))
+    metadata = json.loads(pushcube_demos.with_name("trajectory.json").read_text())
+    for seed, episode in enumerate(metadata["episodes"]):
+        episode["episode_seed"] = seed
+    (checkout / "own.h5").touch()
+    (checkout / "own.json").write_text(json.dumps(metadata))
     own = {"own": {"extends": "smallest", "demos": {"source": "own.h5"}}}
     result = snakemake(checkout, "--dry-run", target="results/own/success.csv", runs=own)
     said = result.stdout + result.stderr
     assert result.returncode != 0
     assert "runs.own.evaluation.first_seed to 3" in said
+    assert "common.smk" not in said
 
 
 @pytest.mark.parametrize(

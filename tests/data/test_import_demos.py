@@ -13,6 +13,7 @@ import pytest
 
 from demo2eval.data.download_demos import download, find_archive, unpack
 from demo2eval.data.import_demos import import_demos
+from demo2eval.data.sources import select_shard
 from demo2eval.data.trajectory import read_trajectory_file
 from demo2eval.errors import UserError
 from demo2eval.provenance import read_manifest
@@ -33,7 +34,8 @@ def output(tmp_path) -> Path:
 
 def import_pushcube(source: Path, output: Path, **options) -> dict:
     """Import two demos of PushCube and return the manifest's metadata."""
-    import_demos(source, output, task="PushCube-v1", robot="panda", num_demos=2, **options)
+    options = {"num_demos": 2} | options
+    import_demos([source], output, task="PushCube-v1", robot="panda", **options)
     return read_manifest(output)["metadata"]
 
 
@@ -44,7 +46,7 @@ def spoil_actions(source: Path, trajectory: str) -> None:
 
 def test_the_first_demos_are_taken_exactly(source, output):
     metadata = import_pushcube(source, output)
-    assert (metadata["demos"], metadata["found"], metadata["skipped"]) == (2, 3, [])
+    assert (metadata["demos"], metadata["skipped"]) == (2, [])
     copies = read_trajectory_file(output.with_name("trajectory.h5")).demos
     originals = read_trajectory_file(source).demos[:2]
     assert metadata["seeds"] == [demo.seed for demo in originals]
@@ -52,10 +54,40 @@ def test_the_first_demos_are_taken_exactly(source, output):
         np.testing.assert_array_equal(copy.actions, original.actions)
 
 
+def test_shards_go_on_from_file_to_file(source, output, pushcube_demos):
+    """Two files of three demos each, other seeds in the second: the second shard has both."""
+    second = source.with_name("second.h5")
+    shutil.copy(source, second)
+    metadata = json.loads(source.with_suffix(".json").read_text())
+    with h5py.File(second, "r+") as file:
+        for episode in metadata["episodes"]:
+            episode["episode_seed"] += 1000
+            file[f"traj_{episode['episode_id']}/actions"][0] *= 0.999
+    second.with_suffix(".json").write_text(json.dumps(metadata))
+    files, first = select_shard([source, second], 2, 2)
+    assert (files, first) == ([source, second], 2)
+    assert select_shard([source, second], 4, 2) == ([second], 1)
+    import_demos(files, output, task="PushCube-v1", robot="panda", first_demo=first, num_demos=2)
+    facts = read_manifest(output)["metadata"]
+    seeds = [episode["episode_seed"] for episode in metadata["episodes"]]
+    assert facts["seeds"] == [seeds[2] - 1000, seeds[0]]
+    assert facts["trajectories"] == {str(source): ["traj_2"], str(second): ["traj_0"]}
+    demos = read_trajectory_file(output.with_name("trajectory.h5")).demos
+    assert [demo.name for demo in demos] == ["traj_0", "traj_1"]
+    originals = [read_trajectory_file(source).demos[2], read_trajectory_file(second).demos[0]]
+    for demo, original in zip(demos, originals, strict=True):
+        np.testing.assert_array_equal(demo.actions, original.actions)
+
+
+def test_more_demos_than_there_are_is_a_sentence(source, output):
+    with pytest.raises(UserError, match=r"there are 3 demonstrations.* lower demos.num_demos"):
+        import_pushcube(source, output, num_demos=4)
+
+
 def test_a_damaged_file_ends_with_a_sentence_and_nothing_is_written(source, output):
     source.write_bytes(source.read_bytes()[:20_000])
     options = {
-        "source": source,
+        "sources": source,
         "output": output,
         "task": "PushCube-v1",
         "robot": "panda",
@@ -75,13 +107,13 @@ def test_invalid_demos_are_skipped_on_request(source, output):
     with pytest.raises(
         UserError, match=r"not finite.*or leave these trajectories out with demos.on_invalid: skip"
     ):
-        import_pushcube(source, output)
+        import_pushcube(source, output, num_demos=3)
     assert not output.exists()
-    metadata = import_pushcube(source, output, on_invalid="skip")
+    metadata = import_pushcube(source, output, on_invalid="skip", num_demos=3)
     reason = "its actions are not finite at step 5"
     assert metadata["skipped"] == [{"file": str(source), "trajectory": "traj_1", "reason": reason}]
     kept = read_trajectory_file(output.with_name("trajectory.h5"))
-    assert [demo.name for demo in kept.demos] == ["traj_0", "traj_2"]
+    assert metadata["trajectories"] == {str(source): ["traj_0", "traj_2"]}
     assert metadata["seeds"] == [demo.seed for demo in kept.demos]
 
 
@@ -91,7 +123,7 @@ def test_nothing_left_is_an_error(source, output):
         entry["success"] = False
     source.with_suffix(".json").write_text(json.dumps(metadata))
     with pytest.raises(UserError, match=r"traj_0: the .json says .* traj_2: the .json says"):
-        import_pushcube(source, output, on_invalid="skip")
+        import_pushcube(source, output, on_invalid="skip", num_demos=3)
 
 
 def test_published_demos_up_to_the_network(source, tmp_path):

@@ -302,7 +302,7 @@ def rendered_file(pushcube_demos, tmp_path_factory) -> Path:
 def imported(rendered_file, tmp_path) -> Path:
     """Manifest of these demos, imported from the file as a user's are."""
     output = tmp_path / "imported" / "shard-000" / "manifest.json"
-    import_demos(rendered_file, output, task="PushCube-v1", robot="panda", num_demos=2)
+    import_demos([rendered_file], output, task="PushCube-v1", robot="panda", num_demos=2)
     return output
 
 
@@ -371,5 +371,5 @@ def test_an_observed_state_that_is_not_finite_is_a_sentence(rendered_file, tmp_p
         file["traj_1/obs/agent/qpos"][3, 2] = np.nan
     output = tmp_path / "shard-000" / "manifest.json"
     with pytest.raises(UserError, match=r"copy.h5 traj_1: obs/agent/qpos is not finite at step 3"):
-        import_demos(tmp_path / "copy.h5", output, task="PushCube-v1", robot="panda", num_demos=2)
+        import_demos([tmp_path / "copy.h5"], output, task="PushCube-v1", robot="panda", num_demos=2)
     assert not output.exists()

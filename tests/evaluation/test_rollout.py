@@ -12,6 +12,7 @@ from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.config import Evaluation
 from demo2eval.errors import UserError
 from demo2eval.evaluation.rollout import (
+    find_task_facts,
     policy_loader,
     read_rows,
     run_rollouts,
@@ -124,6 +125,11 @@ def test_what_does_not_fit_the_policy_is_a_sentence(pushcube_run, tmp_path, chan
     with pytest.raises(UserError, match=sentence):
         evaluate(pushcube_run, tmp_path, **changes)
     assert not (tmp_path / "0.json").exists()
+
+
+def test_the_checkpoint_knows_its_task(pushcube_run):
+    known = find_task_facts(pushcube_run / "checkpoints/0.json", None, None, None)
+    assert known == ("PushCube-v1", TASK.object, TASK.milestones)
 
 
 def test_another_dataset_does_not_prove_that_seeds_are_new(pushcube_run, tmp_path):

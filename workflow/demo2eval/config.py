@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -39,6 +38,8 @@ SHARD_SEEDS = 100_000
 MAX_SEED = 2**31 - 1
 MAX_CHECKPOINTS = 300
 MAX_PARAMS = 100_000_000_000
+ALL_DEMOS = 1_000_000
+"""What `demos.num_demos: all` means; no source has as many."""
 BASE_WEIGHTS = {"pi05": "pi05_base", "pi0": "pi0_base"}
 MILESTONES = ("reach", "grasp", "lift", "move", "place")
 SCHEDULE: dict[str, Any] = {"schedule": True}
@@ -92,32 +93,44 @@ class Section(BaseModel):
         return self.model_dump(mode="json", exclude=scheduling)
 
 
-def _path(value: str) -> str:
-    if "{" in value or "}" in value:
+def _source(value: Any) -> Any:
+    """Refuse what names no files; see `Demos.source`."""
+    paths = value if isinstance(value, list) else [value]
+    if not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError("should be plan, published, a path, or a list of paths")
+    if any("{" in path or "}" in path for path in paths):
         raise ValueError("has braces, which Snakemake takes for wildcards; rename the file")
     return value
+
+
+def _count(value: Any) -> Any:
+    return ALL_DEMOS if value == "all" else _integer(value)
 
 
 class Demos(Section):
     """Where demonstrations come from."""
 
-    source: Annotated[str, AfterValidator(_path)] = Field(
+    source: Annotated[str | list[str], BeforeValidator(_source)] = Field(
         default="plan",
         description="plan: ManiSkill's motion planner. published: ManiSkill's own demonstrations. "
-        "Else the path of a trajectory file, .h5 with its .json beside it",
+        "Else trajectory files, .h5 with the .json beside it: a path, a folder, a glob such as "
+        "demos/**/*.h5, or a list of these",
     )
-    num_demos: Int = Field(
+    num_demos: Annotated[
+        int, BeforeValidator(_count, json_schema_input_type=int | Literal["all"])
+    ] = Field(
         default=200,
         ge=1,
-        le=1_000_000,
-        description="successful demonstrations",
+        le=ALL_DEMOS,
+        description="successful demonstrations, the first of the source; all: of those that are "
+        "not planned",
         json_schema_extra=SCHEDULE,
     )
     shard_size: Int = Field(
         default=25,
         ge=1,
         le=10_000,
-        description="planned demonstrations per shard; more only add shards",
+        description="demonstrations per shard, each a process; more demonstrations only add shards",
     )
     first_seed: Seed = Field(
         default=1_000_000,
@@ -479,11 +492,10 @@ class Run(Sections):
     object: str
     milestones: Milestones
 
-    @property
-    def shards(self) -> range:
-        """Numbers of the shards of demonstrations; those of a file are one shard."""
-        planned = self.demos.source == "plan"
-        return range(math.ceil(self.demos.num_demos / self.demos.shard_size) if planned else 1)
+    def shards(self, available: int = ALL_DEMOS) -> range:
+        """Return the numbers of the shards, of a source that has so many demonstrations."""
+        num_demos = min(self.demos.num_demos, available)
+        return range(math.ceil(num_demos / self.demos.shard_size))
 
     @property
     def steps(self) -> list[int]:
@@ -645,6 +657,21 @@ def resolve(config: Config, name: str) -> Run:
     )
 
 
+def find_task(name: str) -> Task:
+    """Return a task of the project's config/config.yaml.
+
+    Raises:
+        UserError: if it has none of that name.
+    """
+    import yaml
+
+    file = Path(__file__).resolve().parents[2] / "config/config.yaml"
+    tasks = yaml.safe_load(file.read_text(encoding="utf-8"))["tasks"] if file.exists() else {}
+    if name not in tasks:
+        raise UserError(f"{file} has no task {name!r}; give its object and milestones.")
+    return Task.model_validate(tasks[name])
+
+
 def contradictions(run: Run) -> Iterator[str]:
     """Yield what contradicts itself in a run's settings, a sentence each."""
     yield from _observation_contradictions(run)
@@ -766,13 +793,15 @@ def _evaluation_contradictions(run: Run) -> Iterator[str]:
     last = run.evaluation_seeds[-1]
     if last > MAX_SEED:
         yield f"evaluation seeds reach {last}, beyond {MAX_SEED}; lower evaluation.first_seed."
-    if demos.source == "plan":
+    if demos.source == "plan" and demos.num_demos == ALL_DEMOS:
+        yield "demos.num_demos is all, but there is no end to what is planned; set a number."
+    elif demos.source == "plan":
         if last >= demos.first_seed:
             yield (
                 f"evaluation seeds reach {last}, where demos.first_seed {demos.first_seed} begins; "
                 "move one of them."
             )
-        if demos.first_seed + len(run.shards) * SHARD_SEEDS > MAX_SEED:
+        if demos.first_seed + len(run.shards()) * SHARD_SEEDS > MAX_SEED:
             yield f"the shards' seeds go beyond {MAX_SEED}; lower demos.first_seed."
 
 
@@ -795,30 +824,6 @@ def missing_weights(run: Run) -> str | None:
                 f"runs.{run.name}.model: {{weights: null, tokenizer: null}}."
             )
     return None
-
-
-def used_seeds(run: Run) -> str | None:
-    """Return a sentence if a trajectory file of the user's has seeds that are evaluated, else None.
-
-    The .json beside the file tells the seeds before any work. What is wrong with the file itself is
-    said when it is imported.
-    """
-    if run.demos.source in ("plan", "published"):
-        return None
-    try:
-        episodes = json.loads(Path(run.demos.source).with_suffix(".json").read_text())["episodes"]
-        seeds = {int(episode["episode_seed"]) for episode in episodes}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    shared = sorted(seeds & set(run.evaluation_seeds))
-    if not shared:
-        return None
-    free = max(seeds) + 1
-    return (
-        f"run {run.name!r}: {len(shared)} of its evaluation seeds, {shared[0]} among them, are "
-        f"those of demonstrations in {run.demos.source}; the policy would be tested on what it was "
-        f"shown. Set runs.{run.name}.evaluation.first_seed to {free}."
-    )
 
 
 def _readme() -> str:

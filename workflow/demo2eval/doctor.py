@@ -4,8 +4,10 @@ It also runs with another Python where `make setup` has made nothing yet, so it 
 library alone.
 """
 
+import argparse
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = ROOT / ".venv/bin/python"
 PLANNING_PYTHON = ROOT / "envs/planning/.venv/bin/python"
+ENVIRONMENT_FILE = ROOT / ".tools/environment"
 QUICKSTART_DISK_GIB = 5
 FULL_SIZE_GPU_GIB = 60
 
@@ -42,6 +45,13 @@ devices = jax.devices()
 kind, platform = devices[0].device_kind, devices[0].platform
 print(f"JAX {jax.__version__}: {len(devices)} x {kind}, on the {platform}")
 """
+
+
+def read_environment() -> dict[str, str]:
+    """Return the variables that lead to the Mesa that `make setup` unpacked, if it had to."""
+    if not ENVIRONMENT_FILE.exists():
+        return {}
+    return dict(re.findall(r"^export (\w+)='(.*)'$", ENVIRONMENT_FILE.read_text(), re.MULTILINE))
 
 
 def run_code(code: str, python: Path) -> tuple[bool, str]:
@@ -158,6 +168,7 @@ def diagnose() -> Iterator[tuple[bool, str]]:
 
 def main() -> None:
     """Print the table; exit with status 1 if something that the quickstart needs is missing."""
+    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
     all_ok = True
     for ok, line in diagnose():
         all_ok = all_ok and ok

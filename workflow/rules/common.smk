@@ -14,10 +14,14 @@ from functools import cache
 from operator import attrgetter
 from pathlib import Path
 
+from snakemake.logging import logger
+
 WORKFLOW = Path(str(workflow.current_basedir)).parent
 sys.path.insert(0, str(WORKFLOW))
 
 from demo2eval import config as settings
+from demo2eval.data import sources
+from demo2eval.doctor import read_environment
 from demo2eval.errors import UserError
 from demo2eval.fingerprint import code_fingerprint
 from demo2eval.provenance import read_manifest
@@ -27,7 +31,8 @@ PLANNING_PYTHON = WORKFLOW.parent / "envs/planning/.venv/bin/python"
 python_path = [str(WORKFLOW), *filter(None, [os.environ.get("PYTHONPATH")])]
 # Jobs inherit these. They stand in no command, so another machine's Python makes nothing stale. What
 # one job compiled, the next one need not.
-os.environ |= {
+os.environ |= read_environment() | {
+    "DEMO2EVAL_VERBOSE": str(int(workflow.output_settings.verbose)),
     "PYTHON": sys.executable,
     "PLANNING_PYTHON": str(PLANNING_PYTHON),
     "PYTHONPATH": os.pathsep.join(python_path),
@@ -143,12 +148,13 @@ def shared_name(run, stage, *values):
 
 def demos_name(run):
     demos = run.demos
+    values = [run.task, run.robot, demos.shard_size]
     if demos.source == "plan":
-        return shared_name(run, "planned", run.task, run.robot, demos.shard_size, demos.first_seed)
-    stage = "published" if demos.source == "published" else "file"
-    return shared_name(
-        run, stage, run.task, run.robot, demos.source, demos.num_demos, demos.on_invalid
-    )
+        return shared_name(run, "planned", *values, demos.first_seed)
+    if demos.source == "published":
+        return shared_name(run, "published", *values, demos.on_invalid)
+    files = sources.list_files(demos.source)
+    return shared_name(run, "file", *values, sources.content_id(files), demos.on_invalid)
 
 
 def replay_name(run):
@@ -167,10 +173,13 @@ def image_cache_name(run):
 
 def sharing(naming, wildcard):
     """For `of`: from the name of shared work back to a run that uses it; any of them will do."""
-    runs = {naming(run): run for run in RUNS.values()}
+
+    @cache
+    def list_runs():
+        return {naming(run): run for run in RUNS.values()}
 
     def find(wildcards):
-        name = getattr(wildcards, wildcard)
+        name, runs = getattr(wildcards, wildcard), list_runs()
         if name not in runs:
             raise WorkflowError(
                 f"no run of the configuration needs {name!r} any more; ask for "
@@ -190,8 +199,61 @@ run_of_image_cache = sharing(image_cache_name, "cache")
 # Paths of inputs.
 
 
-def trajectory_file(wildcards):
-    return run_of_demos(wildcards).demos.source
+def archive_of_demos(wildcards):
+    """What ManiSkill has published, if the shard is of that."""
+    return [f"results/demos/{wildcards.demos}/archive.json"] * ("-published-" in wildcards.demos)
+
+
+def source_files(run):
+    """The trajectory files that shards are imported from."""
+    if run.demos.source == "published":
+        return [Path(f"results/demos/{demos_name(run)}/trajectory.h5")]
+    return sources.list_files(run.demos.source)
+
+
+def count_demos(run):
+    """How many demonstrations the source of a run has for it."""
+    demos = run.demos
+    if demos.source == "published" and demos.num_demos == settings.ALL_DEMOS:
+        # Known when they are downloaded.
+        checkpoints.download_demos.get(demos=demos_name(run))
+    elif demos.source in ("plan", "published"):
+        return demos.num_demos
+    return min(demos.num_demos, sum(map(sources.count_demos, source_files(run))))
+
+
+def shard_range(wildcards):
+    """The first demonstration of a shard and their number, for the run that needs most."""
+    size = run_of_demos(wildcards).demos.shard_size
+    runs = [run for run in RUNS.values() if demos_name(run) == wildcards.demos]
+    first = int(wildcards.shard) * size
+    return first, min(size, max(map(count_demos, runs)) - first)
+
+
+def shard_demos(wildcards):
+    """How many demonstrations a shard needs."""
+    return shard_range(wildcards)[1]
+
+
+def shard_source(wildcards):
+    """The files of an imported shard, and where it begins in them."""
+    run, shard = run_of_demos(wildcards), shard_range(wildcards)
+    files = source_files(run)
+    # What was published cannot be counted yet; it is one file.
+    is_published = run.demos.source == "published"
+    return (files, shard[0]) if is_published else sources.select_shard(files, *shard)
+
+
+def first_demo(wildcards):
+    return shard_source(wildcards)[1]
+
+
+def shard_files(wildcards, input):
+    """For `params`: the files of an imported shard.
+
+    Snakemake does not compare parameters that depend on `input`: moved files make nothing stale.
+    """
+    return shard_source(wildcards)[0]
 
 
 def demos_shard(wildcards):
@@ -202,7 +264,7 @@ def replay_shards(wildcards):
     run = run_of_dataset(wildcards)
     return [
         f"results/replays/{replay_name(run)}/shard-{shard:03d}/manifest.json"
-        for shard in run.shards
+        for shard in run.shards(count_demos(run))
     ]
 
 
@@ -212,9 +274,9 @@ def dataset_of_cache(wildcards):
 
 @cache
 def checked_dataset(name):
-    """The dataset of a run, whose evaluation seeds were compared with a trajectory file's once."""
+    """The dataset of a run; whether its trajectory files fit the run was looked at once."""
     run = get_run(name)
-    if sentence := settings.used_seeds(run):
+    if run.demos.source not in ("plan", "published") and (sentence := sources.find_problems(run)):
         raise WorkflowError(sentence)
     return f"results/datasets/{dataset_name(run)}/manifest.json"
 
@@ -259,17 +321,38 @@ def last_video(wildcards):
     return f"results/{wildcards.run}/videos/{get_run(wildcards.run).steps[-1]}.mp4"
 
 
-def shard_demos(wildcards):
-    """How many demonstrations a planned shard needs, for the run that needs most."""
-    demos = run_of_demos(wildcards).demos
-    runs = [run for run in RUNS.values() if demos_name(run) == wildcards.demos]
-    needed = max(run.demos.num_demos for run in runs) - int(wildcards.shard) * demos.shard_size
-    return min(demos.shard_size, needed)
-
-
 def shard_seed(wildcards):
     """The first seed of a planned shard."""
     return run_of_demos(wildcards).demos.first_seed + int(wildcards.shard) * settings.SHARD_SEEDS
+
+
+def link_logs(jobs):
+    """Show the logs of shared work below the runs that need it, as results/<run>/logs/replays."""
+    for name in {job.wildcards.run for job in jobs if "run" in job.wildcards.keys()} & RUNS.keys():
+        run = RUNS[name]
+        folders = {"demos": demos_name(run), "replays": replay_name(run)}
+        folders |= {"datasets": dataset_name(run), "image_caches": image_cache_name(run)}
+        Path(f"results/{name}/logs").mkdir(parents=True, exist_ok=True)
+        for kind, work in folders.items():
+            link = Path(f"results/{name}/logs/{kind}")
+            link.unlink(missing_ok=True)
+            link.symlink_to(f"../../{kind}/{work}/logs")
+
+
+def print_results(jobs):
+    """Print where the tables are that these jobs made, and what was left out of their datasets."""
+    from demo2eval.results import closing_lines
+
+    made = [job for job in jobs if job.rule.name.endswith("success_table")]
+    for run in [get_run(job.wildcards.run) for job in made]:
+        manifests = [
+            Path(f"results/{folder}/shard-{shard:03d}/manifest.json")
+            for folder in (f"demos/{demos_name(run)}", f"replays/{replay_name(run)}")
+            for shard in run.shards(count_demos(run))
+        ]
+        dataset = Path(f"results/datasets/{dataset_name(run)}/manifest.json")
+        # By the logger, after what it has said of the last job.
+        logger.info("\n".join(closing_lines(run, dataset, manifests)))
 
 
 def prune_runs(file):

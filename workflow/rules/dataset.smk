@@ -7,7 +7,7 @@ rule dataset:
     output:
         "results/datasets/{dataset}/manifest.json",
     log:
-        "results/datasets/{dataset}/dataset.log",
+        "results/datasets/{dataset}/logs/dataset.log",
     benchmark:
         "results/datasets/{dataset}/dataset.benchmark.tsv"
     threads: 8
@@ -26,7 +26,7 @@ rule dataset:
         "$PYTHON -m demo2eval.data.dataset --replays {params.replays:q} --prompt {params.prompt:q}"
         " --num_demos {params.num_demos:q} --on_invalid {params.on_invalid:q}"
         " --dataset {params.dataset:q} --num_workers {threads} --output {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 rule norm_stats:
@@ -49,7 +49,7 @@ rule norm_stats:
         code=code("data.norm_stats"),
     shell:
         "$PYTHON -m demo2eval.data.norm_stats --dataset {input:q} --actions {params.actions:q}"
-        " --output {output.manifest:q} 2>&1 | tee {log:q}"
+        " --output {output.manifest:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 rule image_cache:
@@ -58,7 +58,7 @@ rule image_cache:
     output:
         "results/image_caches/{cache}/manifest.json",
     log:
-        "results/image_caches/{cache}/image_cache.log",
+        "results/image_caches/{cache}/logs/image_cache.log",
     benchmark:
         "results/image_caches/{cache}/image_cache.benchmark.tsv"
     threads: 8
@@ -71,4 +71,4 @@ rule image_cache:
         code=code("data.image_cache"),
     shell:
         "$PYTHON -m demo2eval.data.image_cache --dataset {input:q} --image_size {params.image_size:q}"
-        " --num_workers {threads} --output {output:q} 2>&1 | tee {log:q}"
+        " --num_workers {threads} --output {output:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"

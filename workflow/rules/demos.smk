@@ -5,7 +5,7 @@ rule plan:
     output:
         "results/demos/{demos}/shard-{shard}/manifest.json",
     log:
-        "results/demos/{demos}/shard-{shard}/plan.log",
+        "results/demos/{demos}/logs/plan-{shard}.log",
     benchmark:
         "results/demos/{demos}/shard-{shard}/plan.benchmark.tsv"
     wildcard_constraints:
@@ -23,58 +23,56 @@ rule plan:
     shell:
         "$PLANNING_PYTHON -m demo2eval.data.plan --task {params.task:q} --robot {params.robot:q}"
         " --num_demos {params.num_demos:q} --first_seed {params.first_seed:q} --output {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
-rule download_demos:
+checkpoint download_demos:
     output:
-        "results/demos/{demos}/shard-000/manifest.json",
+        "results/demos/{demos}/archive.json",
     log:
-        "results/demos/{demos}/shard-000/download_demos.log",
+        "results/demos/{demos}/logs/download_demos.log",
     benchmark:
-        "results/demos/{demos}/shard-000/download_demos.benchmark.tsv"
+        "results/demos/{demos}/download_demos.benchmark.tsv"
     wildcard_constraints:
         demos=".+-published-.+",
     # Nodes of a cluster often have no way to the internet.
     localrule: True
     params:
         task=field("task", run_of_demos),
-        robot=field("robot", run_of_demos),
-        num_demos=field("demos.num_demos", run_of_demos),
-        on_invalid=field("demos.on_invalid", run_of_demos),
         code=code("data.download_demos"),
     shell:
-        "$PYTHON -m demo2eval.data.download_demos --task {params.task:q} --robot {params.robot:q}"
-        " --num_demos {params.num_demos:q} --on_invalid {params.on_invalid:q} --output {output:q}"
-        " 2>&1 | tee {log:q}"
+        "$PYTHON -m demo2eval.data.download_demos --task {params.task:q} --output {output:q}"
+        " 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 rule import_demos:
     input:
-        h5=trajectory_file,
-        json=lambda wildcards: str(Path(trajectory_file(wildcards)).with_suffix(".json")),
+        archive_of_demos,
     output:
-        "results/demos/{demos}/shard-000/manifest.json",
+        "results/demos/{demos}/shard-{shard}/manifest.json",
     log:
-        "results/demos/{demos}/shard-000/import_demos.log",
+        "results/demos/{demos}/logs/import_demos-{shard}.log",
     benchmark:
-        "results/demos/{demos}/shard-000/import_demos.benchmark.tsv"
+        "results/demos/{demos}/shard-{shard}/import_demos.benchmark.tsv"
     wildcard_constraints:
-        demos=".+-file-.+",
+        demos=".+-(file|published)-.+",
     resources:
         mem=4000,
         runtime=60,
         slurm_extra=slurm(),
     params:
+        sources=shard_files,
         task=field("task", run_of_demos),
         robot=field("robot", run_of_demos),
-        num_demos=field("demos.num_demos", run_of_demos),
+        first_demo=first_demo,
+        num_demos=shard_demos,
         on_invalid=field("demos.on_invalid", run_of_demos),
         code=code("data.import_demos"),
     shell:
-        "$PYTHON -m demo2eval.data.import_demos --source {input.h5:q} --task {params.task:q}"
-        " --robot {params.robot:q} --num_demos {params.num_demos:q} --on_invalid {params.on_invalid:q}"
-        " --output {output:q} 2>&1 | tee {log:q}"
+        "$PYTHON -m demo2eval.data.import_demos --sources {params.sources:q} --task {params.task:q}"
+        " --robot {params.robot:q} --first_demo {params.first_demo:q}"
+        " --num_demos {params.num_demos:q} --on_invalid {params.on_invalid:q}"
+        " --output {output:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 rule replay:
@@ -83,7 +81,7 @@ rule replay:
     output:
         "results/replays/{replay}/shard-{shard}/manifest.json",
     log:
-        "results/replays/{replay}/shard-{shard}/replay.log",
+        "results/replays/{replay}/logs/replay-{shard}.log",
     benchmark:
         "results/replays/{replay}/shard-{shard}/replay.benchmark.tsv"
     resources:
@@ -99,4 +97,4 @@ rule replay:
     shell:
         "$PYTHON -m demo2eval.data.replay --demos {input:q} --task {params.task:q}"
         " --robot {params.robot:q} --object {params.object:q} --replay {params.replay:q}"
-        " --output {output:q} 2>&1 | tee {log:q}"
+        " --output {output:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"

@@ -29,7 +29,7 @@ rule preflight:
         " --dataset {input.dataset:q} --image_cache {input.image_cache:q} --task {params.task:q}"
         " --object {params.object:q} --joint_perturbation {params.joint_perturbation}"
         " --evaluation {params.evaluation:q}"
-        " --evaluation.num_workers {threads} --output {output:q} 2>&1 | tee {log:q}"
+        " --evaluation.num_workers {threads} --output {output:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 rule rollout:
@@ -64,7 +64,8 @@ rule rollout:
         " --checkpoint {input.checkpoint:q}"
         " --dataset {input.dataset:q} --task {params.task:q} --object {params.object:q}"
         " --milestones {params.milestones:q} --evaluation {params.evaluation:q}"
-        " --evaluation.num_workers {threads} --output {output.manifest:q} 2>&1 | tee {log:q}"
+        " --evaluation.num_workers {threads} --output {output.manifest:q}"
+        " 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 rule video:
@@ -98,7 +99,8 @@ rule video:
         " --object {params.object:q} --milestones {params.milestones:q}"
         " --evaluation {params.evaluation:q} --evaluation.num_videos {params.num_videos:q}"
         " --evaluation.num_workers {threads} --rollouts {params.rollouts:q}"
-        " --output {output.manifest:q} 2>&1 | tee {log:q}"
+        " --output {output.manifest:q}"
+        " 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 rule success_table:
@@ -121,7 +123,7 @@ rule success_table:
     shell:
         "$PYTHON -m demo2eval.evaluation.success_table --run {wildcards.run:q}"
         " --rollouts {params.rollouts:q} --table {output.table:q} --curve {output.curve:q}"
-        " --milestones {output.milestones:q} 2>&1 | tee {log:q}"
+        " --milestones {output.milestones:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 # Not part of the chain: runs beside each other, results/comparisons/<run>+<run>.csv.
@@ -141,7 +143,7 @@ rule comparison:
         code=code("evaluation.comparison"),
     shell:
         "$PYTHON -m demo2eval.evaluation.comparison --rollouts {params.rollouts:q}"
-        " --table {output.table:q} --figure {output.figure:q} 2>&1 | tee {log:q}"
+        " --table {output.table:q} --figure {output.figure:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 # Not part of the chain: to find out why a run fails.
@@ -185,4 +187,5 @@ rule action_error:
         "$PYTHON -m demo2eval.gpus {resources.gpu} $PYTHON -m demo2eval.evaluation.action_error"
         " --checkpoint {input.checkpoint:q}"
         " --image_cache {input.image_cache:q} --num_val_demos {params.num_val_demos:q}"
-        " --evaluation {params.evaluation:q} --output {output.manifest:q} 2>&1 | tee {log:q}"
+        " --evaluation {params.evaluation:q} --output {output.manifest:q}"
+        " 2>&1 | $PYTHON -m demo2eval.tee {log:q}"

@@ -28,7 +28,7 @@ rule init_checkpoint:
         "$PYTHON -m demo2eval.training.init_checkpoint --norm_stats {input:q} --task {params.task:q}"
         " --prompt {params.prompt:q} --robot {params.robot:q} --seed {params.seed:q}"
         " --replay {params.replay:q} --dataset {params.dataset:q} --actions {params.actions:q}"
-        " --model {params.model:q} --output {output:q} 2>&1 | tee {log:q}"
+        " --model {params.model:q} --output {output:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 rule train:
@@ -79,7 +79,7 @@ rule train:
         " --training.save_minutes {resources.save_minutes}"
         " --training.keep_period {resources.keep_period} --training.tracker {resources.tracker}"
         " --actions {params.actions:q} --output {output.manifest:q}"
-        " 2>&1 | (trap '' TERM; tee {log:q})"
+        " 2>&1 | (trap '' TERM; $PYTHON -m demo2eval.tee {log:q})"
 
 
 rule loss_curve:
@@ -98,7 +98,7 @@ rule loss_curve:
         code=code("training.loss_curve"),
     shell:
         "$PYTHON -m demo2eval.training.loss_curve --run {wildcards.run:q} --metrics {params.metrics:q}"
-        " --table {output.table:q} --curve {output.curve:q} 2>&1 | tee {log:q}"
+        " --table {output.table:q} --curve {output.curve:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 # Not part of the chain: what keep_period does not keep goes when later checkpoints are trained, and

@@ -1,9 +1,8 @@
 """Turns Hugging Face safetensors of Pi0 and Pi0.5 into openpi's layout, and back.
 
-    python -m demo2eval.checkpoints.huggingface --from-safetensors lerobot/pi05_base \\
-        --output weights/pi05_base
-    python -m demo2eval.checkpoints.huggingface \\
-        --to-safetensors results/stackcube/checkpoints/30000 --output out/model.safetensors
+    demo2eval convert --from-safetensors lerobot/pi05_base --output weights/pi05_base
+    demo2eval convert --to-safetensors results/stackcube/checkpoints/30000 \\
+        --output out/model.safetensors
 
 Values keep the type that they are stored in, unless --dtype says otherwise, so that there and back
 gives the same bits. Memory stays below 1.3 copies of the weights: from safetensors, arrays are read

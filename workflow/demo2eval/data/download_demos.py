@@ -1,8 +1,8 @@
 """Downloads the demos that ManiSkill has published for a task.
 
 In:  nothing but the task; ManiSkill's archive is downloaded from where its own downloader has it.
-Out: trajectory.h5 and trajectory.json beside the manifest, with the first `num_demos` demos of the
-     motion planner.
+Out: trajectory.h5 and trajectory.json beside the manifest, with all demos of the motion planner, as
+     they were published. `demo2eval.data.import_demos` validates them.
 """
 
 import urllib.error
@@ -11,44 +11,32 @@ import zipfile
 from pathlib import Path
 
 from demo2eval.cli import run
-from demo2eval.config import OnInvalid
-from demo2eval.data.import_demos import publish_demos
 from demo2eval.errors import UserError
 from demo2eval.provenance import run_stage
-from demo2eval.robots import Robot
 
 BLOCK = 1 << 20
 
 
-def download_demos(
-    output: Path,
-    *,
-    task: str,
-    robot: Robot,
-    num_demos: int,
-    on_invalid: OnInvalid = "error",
-) -> None:
-    """Download the demos that ManiSkill has published, validate and import them.
+def download_demos(output: Path, *, task: str) -> None:
+    """Download the demos that ManiSkill has published.
 
     Args:
-        output: manifest to write, .../shard-000/manifest.json.
+        output: manifest to write.
         task: ManiSkill's environment id, such as PushCube-v1.
-        robot: ManiSkill's robot.
-        num_demos: demos to import.
-        on_invalid: error: stop if a demo is invalid. skip: leave it out and name it in the
-            manifest.
 
     Raises:
-        UserError: if there are none for the task, or the download fails; or lists what is invalid.
+        UserError: if there are none for the task, or the download fails.
     """
-    settings = {"task": task, "robot": robot, "num_demos": num_demos, "on_invalid": on_invalid}
+    settings = {"task": task}
     with run_stage(output, stage="download_demos", module=__spec__.name, settings=settings) as job:
         if job.reused:
             return
         url = find_archive(task)
         download(url, job.partial / "archive.zip")
         path = unpack(job.partial / "archive.zip", job.partial / "unpacked")
-        publish_demos(job, path, url, **settings)
+        for suffix in (".h5", ".json"):
+            path.with_suffix(suffix).rename(job.partial / f"trajectory{suffix}")
+        job.finish(job.publish("trajectory.h5", "trajectory.json"), source=url)
 
 
 def find_archive(task: str) -> str:

@@ -1,6 +1,7 @@
 """Validates trajectory files, where demonstrations enter and where the dataset is made.
 
-In:  trajectory files (.h5 with the .json beside it), or manifests of demos, replays or datasets.
+In:  trajectory files (.h5 with the .json beside it), folders of them, or manifests of demos,
+     replays or datasets.
 Out: a line per issue; exit status 1 if there is any. Nothing is written.
 
 What is looked for:
@@ -53,6 +54,7 @@ MAX_BYTES = 4 * 2**30
 """Of one array: 1000 images of 1024 x 1024 pixels take 3 GiB."""
 MAX_DISTANCE = 100.0
 """Meters; ManiSkill's scenes are a few meters large."""
+ALL = slice(None)
 PIXEL_STRIDE = 61
 """Every 61st pixel tells almost every image from one of a single color."""
 
@@ -134,6 +136,7 @@ def validate_files(
     task: str | None = None,
     robot: Robot | None = None,
     state: Sequence[str] | None = None,
+    entries: Sequence[slice] | None = None,
 ) -> list[ValidatedFile]:
     """Read and validate everything in some files but what the images show; raises nothing.
 
@@ -142,8 +145,13 @@ def validate_files(
         task: which all must be of; None: any.
         robot: with which all must be recorded; None: any.
         state: parts of the state that must be there, and with them images; None: neither need be.
+        entries: those of each file's .json to read, if not all.
     """
-    files = [validate_file(Path(path), task, robot, state) for path in paths]
+    paths = list(map(Path, paths))
+    files = [
+        validate_file(path, task, robot, state, part)
+        for path, part in zip(paths, entries or [ALL] * len(paths), strict=True)
+    ]
     first_of: dict[str | int, tuple[Path, str]] = {}
     for file in files:
         repeated = []
@@ -181,7 +189,11 @@ def _hash_demo(demo: Demo) -> str:
 
 
 def validate_file(
-    path: Path, task: str | None, robot: Robot | None, state: Sequence[str] | None
+    path: Path,
+    task: str | None,
+    robot: Robot | None,
+    state: Sequence[str] | None,
+    entries: slice = ALL,
 ) -> ValidatedFile:
     """Read and validate one file; see `validate_files`."""
     import h5py
@@ -195,7 +207,7 @@ def validate_file(
         return file
     try:
         with h5py.File(path, "r") as content:
-            validate_trajectories(content, file, robot, state)
+            validate_trajectories(content, file, robot, state, entries)
     except UNREADABLE as error:
         reason = (
             f"cannot be read ({error}): it is cut off, damaged or not HDF5; copy or record it again"
@@ -239,27 +251,37 @@ def validate_metadata(
 
 
 def validate_trajectories(
-    content, file: ValidatedFile, robot: Robot | None, state: Sequence[str] | None
+    content,
+    file: ValidatedFile,
+    robot: Robot | None,
+    state: Sequence[str] | None,
+    entries: slice = ALL,
 ) -> None:
-    """Read all trajectories of the open .h5 into `file`."""
-    listed = set()
-    for entry in file.metadata["episodes"]:
+    """Read the trajectories of the open .h5 into `file`; see `validate_files`."""
+    episodes = file.metadata["episodes"]
+    position: dict[str, int] = {}
+    for number, entry in enumerate(episodes):
+        position.setdefault(trajectory_name(entry), number)
+    for number in range(len(episodes))[entries]:
+        entry = episodes[number]
         name = trajectory_name(entry)
         try:
             reasons = list(find_issues(content, entry, robot, state))
         except UNREADABLE as error:
             reasons = [f"cannot be read ({error}): a part of the file is damaged"]
-        if name in listed:
+        if position[name] != number:
             reasons = ["is listed twice in the .json"]
-        listed.add(name)
         if reasons:
             file.reject(Issue(file.path, name, reason) for reason in reasons)
         else:
             file.demos.append(read_demo(content, entry))
-    unlisted = [name for name in sorted(content) if name.startswith("traj_") and name not in listed]
-    file.reject(
-        Issue(file.path, name, "is in the .h5 but not listed in the .json") for name in unlisted
-    )
+    if not entries.start:
+        unlisted = sorted(name for name in content if name.startswith("traj_"))
+        file.reject(
+            Issue(file.path, name, "is in the .h5 but not listed in the .json")
+            for name in unlisted
+            if name not in position
+        )
 
 
 def find_issues(
@@ -568,6 +590,8 @@ def list_trajectory_files(path: Path) -> tuple[list[Path], list[Issue]]:
     Raises:
         UserError: if it is the manifest of something that has no trajectories.
     """
+    if path.is_dir():
+        return sorted(path.glob("*.h5")) or [path / "*.h5"], []
     if path.suffix != ".json":
         return [path], []
     manifest = read_manifest(path)
@@ -605,7 +629,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", type=Path, nargs="+", help="trajectory.h5, or manifest.json")
+    parser.add_argument(
+        "files", type=Path, nargs="+", help="trajectory.h5, a folder, or manifest.json"
+    )
     with report_errors():
         issues, files = validate_paths(parser.parse_args().files)
     for issue in issues:

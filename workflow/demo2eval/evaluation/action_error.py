@@ -35,7 +35,7 @@ def measure_action_error(
     image_cache: Path,
     output: Path,
     *,
-    num_val_demos: int,
+    num_val_demos: int | None = None,
     evaluation: Evaluation = Evaluation(),
 ) -> None:
     """Measure the action error of a checkpoint.
@@ -44,12 +44,16 @@ def measure_action_error(
         checkpoint: manifest of the checkpoint.
         image_cache: manifest of the image cache of its dataset.
         output: manifest to write, <run>/action_errors/<step>.json.
-        num_val_demos: demonstrations at the dataset's end that were not trained on.
+        num_val_demos: demonstrations at the dataset's end that were not trained on; null: as the
+            checkpoint says.
         evaluation: settings of the rollouts, of which those of the policy count here.
 
     Raises:
         UserError: if the cache is not of the dataset that the checkpoint was trained on.
     """
+    if num_val_demos is None:
+        trained_with = read_manifest(checkpoint)["settings"].get("training", {})
+        num_val_demos = int(trained_with.get("num_val_demos", 0))
     settings = {
         "num_val_demos": num_val_demos,
         "num_samples": NUM_SAMPLES,

@@ -22,7 +22,7 @@ from pathlib import Path
 from demo2eval.checkpoints.policy_metadata import read_policy_metadata
 from demo2eval.checkpoints.verify import verify_checkpoint
 from demo2eval.cli import run
-from demo2eval.config import Evaluation, Milestones
+from demo2eval.config import Evaluation, Milestones, find_task
 from demo2eval.errors import UserError
 from demo2eval.evaluation.workers import (
     EpisodeResult,
@@ -51,9 +51,9 @@ def run_rollouts(
     dataset: Path | None,
     output: Path,
     *,
-    task: str,
-    object: str,
-    milestones: Milestones,
+    task: str | None = None,
+    object: str | None = None,
+    milestones: Milestones | None = None,
     evaluation: Evaluation = Evaluation(),
 ) -> None:
     """Evaluate a checkpoint.
@@ -62,14 +62,15 @@ def run_rollouts(
         checkpoint: manifest of the checkpoint.
         dataset: manifest of its dataset, to compare seeds; null: they are not compared.
         output: manifest to write, <run>/rollouts/<step>.json.
-        task: ManiSkill's environment id.
-        object: env attribute, the object that is manipulated.
-        milestones: sub-goals of the task.
+        task: ManiSkill's environment id; null: the checkpoint's.
+        object: env attribute, the object that is manipulated; null: as config.yaml says.
+        milestones: sub-goals of the task; null: as config.yaml says.
         evaluation: settings of the rollouts.
 
     Raises:
         UserError: if evaluation seeds were demonstrated, or the checkpoint does not fit the task.
     """
+    task, object, milestones = find_task_facts(checkpoint, task, object, milestones)
     settings = {
         "task": task,
         "object": object,
@@ -108,6 +109,21 @@ def run_rollouts(
             checkpoint=manifest["digest"],
             dataset=manifest["metadata"]["dataset"],
         )
+
+
+def find_task_facts(
+    checkpoint: Path, task: str | None, object: str | None, milestones: Milestones | None
+) -> tuple[str, str, Milestones]:
+    """Return task, object and milestones; what is None is the checkpoint's, or its task's.
+
+    Raises:
+        UserError: if the configuration does not have the task.
+    """
+    task = task or read_policy_metadata(checkpoint.with_suffix("")).task
+    if object is None or milestones is None:
+        facts = find_task(task)
+        object, milestones = object or facts.object, milestones or facts.milestones
+    return task, object, milestones
 
 
 def list_seeds(evaluation: Evaluation) -> range:

@@ -18,7 +18,7 @@ from demo2eval.checkpoints.verify import verify_checkpoint
 from demo2eval.cli import run
 from demo2eval.config import Evaluation, Milestones
 from demo2eval.errors import UserError
-from demo2eval.evaluation.rollout import list_seeds, policy_loader
+from demo2eval.evaluation.rollout import find_task_facts, list_seeds, policy_loader
 from demo2eval.evaluation.workers import (
     FRAME_SIZE,
     EpisodeResult,
@@ -40,9 +40,9 @@ def record_videos(
     checkpoint: Path,
     output: Path,
     *,
-    task: str,
-    object: str,
-    milestones: Milestones,
+    task: str | None = None,
+    object: str | None = None,
+    milestones: Milestones | None = None,
     evaluation: Evaluation = Evaluation(),
     rollouts: Path | None = None,
 ) -> None:
@@ -51,9 +51,9 @@ def record_videos(
     Args:
         checkpoint: manifest of the checkpoint.
         output: manifest to write, <run>/videos/<step>.json.
-        task: ManiSkill's environment id.
-        object: env attribute, the object that is manipulated.
-        milestones: sub-goals of the task.
+        task: ManiSkill's environment id; null: the checkpoint's.
+        object: env attribute, the object that is manipulated; null: as config.yaml says.
+        milestones: sub-goals of the task; null: as config.yaml says.
         evaluation: settings of the rollouts.
         rollouts: manifest of the checkpoint's rollouts; only episodes that failed there are
             recorded.
@@ -65,6 +65,7 @@ def record_videos(
 
     # The settings of as many rollouts as are recorded: more rollouts leave the video as it is.
     evaluation = evaluation.model_copy(update={"num_episodes": evaluation.num_videos})
+    task, object, milestones = find_task_facts(checkpoint, task, object, milestones)
     settings = {
         "task": task,
         "object": object,
