@@ -439,6 +439,10 @@ class Task(Sections):
     )
     object: str = Field(description="env attribute: the object that is manipulated")
     milestones: Milestones = Field(description="sub-goals, in order")
+    published: dict[str, Annotated[Float, Field(ge=0, le=100)]] = Field(
+        default={},
+        description="success rates of others, percent, which curves are drawn with: name: 74.0",
+    )
 
 
 class RunEntry(Sections):
@@ -478,6 +482,7 @@ class Run(Sections):
     hidden_goal: str | None
     object: str
     milestones: Milestones
+    published: dict[str, float]
 
     @property
     def shards(self) -> range:
