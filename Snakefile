@@ -2,7 +2,7 @@
 include: "workflow/Snakefile"
 
 
-# An included file has no default target.
 rule all:
+    default_target: True
     input:
         rules.quickstart.input,

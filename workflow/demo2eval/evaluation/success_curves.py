@@ -63,7 +63,7 @@ def draw_curves(rows: "pd.DataFrame", published: dict[str, dict[str, float]], fi
             draw_published(panel, published.get(str(task), {}))
             panel.set(xlabel="training step", ylabel="success once (%)", ylim=(-3, 103))
             panel.set_title(f"{task}, 95 % Wilson intervals", fontsize=11)
-            panel.legend(frameon=False, fontsize=9)
+            panel.legend(frameon=False, fontsize=9, handlelength=4)
 
 
 if __name__ == "__main__":

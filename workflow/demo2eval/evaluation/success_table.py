@@ -207,13 +207,17 @@ def draw_milestones(rows: "pd.DataFrame", episodes: int, file: Path) -> None:
     """
     with new_figure(file, figsize=(6.4, 4.0)) as (_, axes):
         milestones = rows[rows.milestone != NOTHING].groupby("milestone", sort=False)
-        for (name, reached), style in zip(milestones, cycle(STYLES), strict=False):
+        for index, ((name, reached), style) in enumerate(
+            zip(milestones, cycle(STYLES), strict=False)
+        ):
+            # Where milestones coincide, each marker is seen inside the one before.
+            marker = {"fillstyle": "none", "markersize": max(12 - 2 * index, 4)}
             axes.plot(
-                reached.step, 100 * reached.reached / episodes, label=name, markersize=5, **style
+                reached.step, 100 * reached.reached / episodes, label=name, **marker, **style
             )
         axes.set(xlabel="training step", ylabel="episodes that reached it (%)", ylim=(-3, 103))
         axes.set_title(f"{rows.run[0]}: milestones of {episodes} episodes", fontsize=11)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, handlelength=4)
 
 
 if __name__ == "__main__":
