@@ -212,9 +212,7 @@ def draw_milestones(rows: "pd.DataFrame", episodes: int, file: Path) -> None:
         ):
             # Where milestones coincide, each marker is seen inside the one before.
             marker = {"fillstyle": "none", "markersize": max(12 - 2 * index, 4)}
-            axes.plot(
-                reached.step, 100 * reached.reached / episodes, label=name, **marker, **style
-            )
+            axes.plot(reached.step, 100 * reached.reached / episodes, label=name, **marker, **style)
         axes.set(xlabel="training step", ylabel="episodes that reached it (%)", ylim=(-3, 103))
         axes.set_title(f"{rows.run[0]}: milestones of {episodes} episodes", fontsize=11)
         axes.legend(frameon=False, fontsize=9, handlelength=4)
