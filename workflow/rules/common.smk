@@ -72,15 +72,20 @@ def field(name, of=lambda wildcards: get_run(wildcards.run)):
     return lambda wildcards: attrgetter(name)(of(wildcards))
 
 
-def in_report(file, category, figure, **labels):
+def in_report(file, category, figure):
     """An output that Snakemake's report shows, with its caption from workflow/report.
 
     Args:
-        figure: the caption's file name, with spaces.
-        labels: columns of the report's table, besides figure, run and task.
+        category: of the report's menu.
+        figure: what it shows; the caption's file name, with spaces.
     """
+
+    def labels(wildcards):
+        step = {"checkpoint": wildcards.step} if "step" in wildcards.keys() else {}
+        task = get_run(wildcards.run).task
+        return {"figure": figure, "run": wildcards.run, "task": task} | step
+
     caption = f"../report/{figure.replace(' ', '_')}.rst"
-    labels = {"figure": figure, "run": "{run}", "task": field("task")} | labels
     return report(file, caption=caption, category=category, labels=labels)
 
 

@@ -42,7 +42,7 @@ rule video:
     output:
         manifest="results/{run}/videos/{step}.json",
         video="results/{run}/videos/{step}.mp4",
-        page=in_report("results/{run}/videos/{step}.html", "Videos", "video", checkpoint="{step}"),
+        page=in_report("results/{run}/videos/{step}.html", "Videos", "video"),
     log:
         "results/{run}/logs/video_{step}.log",
     benchmark:
@@ -143,9 +143,7 @@ use rule video as failure_video with:
     output:
         manifest="results/{run}/failures/{step}.json",
         video="results/{run}/failures/{step}.mp4",
-        page=in_report(
-            "results/{run}/failures/{step}.html", "Videos", "failures", checkpoint="{step}"
-        ),
+        page=in_report("results/{run}/failures/{step}.html", "Videos", "failures"),
     log:
         "results/{run}/logs/failure_video_{step}.log",
     benchmark:

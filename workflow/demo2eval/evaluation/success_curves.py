@@ -20,7 +20,7 @@ def make_success_curves(
     tables: list[Path],
     *,
     tasks: dict[str, str],
-    published: dict[str, dict[str, float]] = {},  # noqa: B006
+    published: dict[str, dict[str, float]] | None = None,
     table: Path,
     curves: Path,
 ) -> None:
@@ -37,7 +37,7 @@ def make_success_curves(
 
     rows = pd.concat([pd.read_csv(path) for path in tables], ignore_index=True)
     rows.insert(1, "task", rows.run.map(tasks))
-    draw_curves(rows, published, curves)
+    draw_curves(rows, published or {}, curves)
     write_atomic(table, rows.to_csv(index=False, lineterminator="\n"))
 
 

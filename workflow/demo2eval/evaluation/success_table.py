@@ -30,7 +30,7 @@ def make_success_table(
     run: str,
     rollouts: list[Path],
     *,
-    published: dict[str, float] = {},  # noqa: B006
+    published: dict[str, float] | None = None,
     table: Path,
     curve: Path,
     milestones: Path,
@@ -75,7 +75,7 @@ def make_success_table(
             for row in count_milestones(episodes, [NOTHING, *names])
         ]
     success, reached = pd.DataFrame(rows), pd.DataFrame(milestone_rows)
-    draw_curve(success, manifests[rollouts[0]]["settings"]["task"], curve, published)
+    draw_curve(success, manifests[rollouts[0]]["settings"]["task"], curve, published or {})
     draw_milestones(reached, len(episodes), milestone_curve)
     write_provenance_page(success, rollouts, provenance)
     for frame, path in ((reached, milestones), (success, table)):
