@@ -94,6 +94,7 @@ def draw_lengths(lengths: "pd.DataFrame", limit: int, file: Path) -> None:
         axes.set(xlabel="control steps of a demo", ylabel="demos", xlim=(0, 1.05 * limit))
         longest = lengths.steps.max()
         axes.set_title(f"{len(lengths)} demos, the longest takes {longest} steps", fontsize=11)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, fontsize=9)
 
 
@@ -169,7 +170,8 @@ def draw_contact_sheet(
             chosen = samples[np.linspace(0, len(samples) - 1, NUM_IMAGES).round().astype(int)]
             start = np.searchsorted(episode, demo)
             for sample, panel in zip(chosen, panels, strict=True):
-                panel.imshow(resize_with_pad(np.asarray(images[sample]), image_size, image_size))
+                image = resize_with_pad(np.asarray(images[sample]), image_size, image_size)
+                panel.imshow(image, interpolation="nearest")
                 panel.set(xticks=[], yticks=[])
                 panel.grid(visible=False)
                 panel.set_title(f"step {rows[sample] - start}", fontsize=7, pad=2)
