@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from demo2eval.cli import run
 from demo2eval.errors import UserError
 from demo2eval.figures import BLUE, GRAY, new_figure
-from demo2eval.provenance import read_manifest, write_atomic
+from demo2eval.provenance import read_manifest, verify_outputs, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,10 +40,12 @@ def make_loss_curve(
         throughput: throughput.png to write.
 
     Raises:
-        UserError: if a step is missing or comes twice.
+        UserError: if metrics are not what the manifest says, or a step is missing or comes twice.
     """
     import pandas as pd
 
+    for checkpoint in checkpoints:
+        verify_outputs(checkpoint)
     # As text, so that the numbers stay what the training wrote.
     metrics = [path.with_suffix("") / "metrics.csv" for path in map(Path, checkpoints)]
     rows = pd.concat([pd.read_csv(path, dtype=str) for path in metrics], ignore_index=True)
