@@ -139,6 +139,7 @@ def draw_histograms(histograms: "pd.DataFrame", ranges: "pd.DataFrame", file: Pa
             panel.set(yscale="log", ylim=(0.5, None))
             panel.set_title(str(name), fontsize=9)
             panel.tick_params(labelsize=8)
+            panel.locator_params(axis="x", nbins=4)
         for panel in panels[len(dimensions) :]:
             panel.remove()
         figure.suptitle(

@@ -37,7 +37,8 @@ def write_provenance_page(success: "pd.DataFrame", rollouts: list[Path], file: P
     ancestors = read_ancestors(rollouts)
     names = {item["digest"]: short(item["digest"]) for item in ancestors.values()}
     stages: dict[str, dict[str, dict]] = {}
-    for path, manifest in ancestors.items():
+    newest_first = sorted(ancestors.items(), key=lambda item: item[1]["created"], reverse=True)
+    for path, manifest in newest_first:
         stages.setdefault(manifest["stage"], {})[path] = manifest
     run = html.escape(str(success.run[0]))
     parts = [
