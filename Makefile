@@ -12,7 +12,7 @@ ENTER := test ! -f .tools/environment || . ./.tools/environment;
 # Every job is a Python of its own: let the first one keep what it compiles, whatever the shell says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart test check lint format docs dag doctor clean
+.PHONY: help setup quickstart test check lint format docs dag report doctor clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -48,7 +48,11 @@ docs: setup  ## write config/README.md and config/schema.json from the code
 	PYTHONPATH=workflow $(BIN)/python -m demo2eval.config schema > config/schema.json
 
 dag: setup  ## print the jobs of TARGET and what they wait for, for mermaid.live
-	@$(BIN)/snakemake $(TARGET) --dag mermaid-js
+	@$(BIN)/snakemake $(TARGET) --dag mermaid-js | PYTHONPATH=workflow $(BIN)/python -m demo2eval.fold_dag
+
+report: setup  ## write report.html of all finished runs
+	@$(ENTER) $(BIN)/snakemake --cores $(CORES) report
+	@$(BIN)/snakemake report --report report.html
 
 doctor:  ## say what this machine has, and what that lets you do
 	@$(ENTER) PYTHONPATH=workflow $$(command -v $(BIN)/python || echo $(PYTHON)) -m demo2eval.doctor

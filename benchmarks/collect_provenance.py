@@ -18,10 +18,10 @@ import argparse
 import csv
 import json
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 from demo2eval.errors import UserError
+from demo2eval.evaluation.provenance_page import to_ranges
 from demo2eval.provenance import read_manifest
 
 COPIED = ("success.csv", "success.png", "milestones.csv")
@@ -65,13 +65,6 @@ def read_chain(run: Path) -> dict[str, dict]:
 def inputs_of(manifest: dict) -> dict[str, str]:
     """Return {path: digest} of all inputs of an output."""
     return {item["path"]: item["digest"] for items in manifest["inputs"].values() for item in items}
-
-
-def to_ranges(seeds: list[int]) -> str:
-    """Return seeds as text: [3, 4, 5, 9] as "3-5, 9"."""
-    starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(seeds)) if b != a + 1), len(seeds)]
-    runs = [seeds[start:end] for start, end in pairwise(starts)]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def shorten(name: str, value):

@@ -82,7 +82,8 @@ def rollouts(run: Path, output: Path) -> None:
 
 
 def success_table(run: Path, output: Path) -> None:
-    files = dict.fromkeys(("table", "curve", "milestones"), output)
+    names = ("table", "curve", "milestones", "milestone_curve", "provenance")
+    files = dict.fromkeys(names, output)
     make_success_table("run", [run / "rollouts/0.json"], **files)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "workflow/demo2eval"
-COMMON = {"errors", "config", "cli", "fingerprint", "provenance", "robots"}
+COMMON = {"errors", "config", "cli", "fingerprint", "figures", "provenance", "robots"}
 MAY_IMPORT = {
     "pi0": {"errors"},
     "maniskill": {"errors", "config", "robots"},

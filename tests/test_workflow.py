@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ import pandas
 import pytest
 import yaml
 from slurm_cluster import PROGRAMS, SlurmCluster, find_programs
+
+from demo2eval.fold_dag import fold
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "results/smallest/success.csv"
@@ -96,6 +99,14 @@ def test_the_chain_ends_in_a_table(checkout):
     assert (table["ci_low"] <= table["success_once"]).all()
     assert (table["success_once"] <= table["ci_high"]).all()
     assert (checkout / "results/smallest/success.png").stat().st_size > 10_000
+    run = checkout / "results/smallest"
+    assert (run / "dataset/contact_sheet.png").stat().st_size > 10_000
+    assert "<video" in (run / "videos/2.html").read_text()
+    page = (run / "provenance.html").read_text()
+    # Each name leads to its row, and the demos' seeds are among them.
+    links, rows = (set(re.findall(key, page)) for key in (r'href="#(\w+)"', r'<tr id="(\w+)"'))
+    assert links <= rows
+    assert re.search(r"<summary>plan: 2</summary>.*?>1000000-1000001<", page, re.DOTALL)
     metrics = pandas.read_csv(checkout / "results/smallest/metrics.csv")
     assert metrics.step.tolist() == [1, 2]
     assert (checkout / "results/smallest/loss.png").stat().st_size > 10_000
@@ -240,13 +251,45 @@ def test_a_deleted_file_comes_back(checkout, name):
         ["--rulegraph", "mermaid-js"],
         ["--summary"],
         ["--list-changes", "code"],
-        ["--report", "report.html"],
     ],
     ids=lambda words: words[0],
 )
 def test_snakemakes_views_need_no_cores(checkout, words):
     result = snakemake(checkout, *words)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_report_shows_all_figures_and_makes_nothing_stale(checkout):
+    assert snakemake(checkout, "--cores", "2", target="report").returncode == 0
+    for file in ("report.html", "report.zip"):
+        result = snakemake(checkout, "--report", file, target="report")
+        assert result.returncode == 0, result.stderr
+    html = (checkout / "report.html").read_text()
+    (results,) = re.findall(r"^    var results = (.*);$", html, re.MULTILINE)
+    entries = json.loads(results)
+    shown = {path.removeprefix("results/smallest/") for path in entries}
+    assert shown >= {
+        *("success.csv", "success.png", "milestones.png", "loss.png", "throughput.png"),
+        *("dataset/contact_sheet.png", "dataset/action_histograms.png"),
+        *("dataset/demo_lengths.png", "videos/2.html", "provenance.html"),
+        "results/success_curves.png",
+    }
+    for entry in entries.values():
+        assert entry["caption"]
+        # Chromium shows no page above 2 MiB inside a report.
+        assert entry["mime_type"] != "text/html" or len(entry["data_uri"]) < 2 << 20
+    with zipfile.ZipFile(checkout / "report.zip") as file:
+        assert len(file.namelist()) == len(entries) + 1
+    assert planned_jobs(checkout) == {}
+    assert planned_jobs(checkout, "report") == {}
+
+
+def test_the_readmes_graph_has_the_rules_of_the_chain(checkout):
+    graph = re.search(r"```mermaid\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert graph
+    rules = set(re.findall(r"[a-z_]{4,}", re.sub(r'"[^"]*"|flowchart', "", graph[1])))
+    result = snakemake(checkout, "--rulegraph", "mermaid-js")
+    assert rules == set(re.findall(r"\[(\w+)\]", result.stdout))
 
 
 def test_own_files_are_named_by_their_content(checkout, pushcube_demos):
@@ -327,6 +370,10 @@ use rule * from demo2eval as demo2eval_*
 def test_full_size_plans_the_whole_chain(checkout):
     jobs = planned_jobs(checkout, target="results/stackcube/success.csv")
     assert (jobs["plan"], jobs["replay"], jobs["train"], jobs["rollout"]) == (8, 8, 60, 61)
+    graph = snakemake(checkout, "--dag", "mermaid-js", target="results/stackcube/success.csv")
+    folded = fold(graph.stdout)
+    assert "train<br/>stackcube<br/>60 steps: 500 to 30000<br/>to do" in folded
+    assert folded.count('["') == len(jobs) == 12
 
 
 def test_missing_weights_stop_before_any_work(checkout):

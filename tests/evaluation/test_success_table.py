@@ -1,5 +1,6 @@
 """The success table: what it counts, its intervals, and what it refuses to compare."""
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ from demo2eval.config import Evaluation
 from demo2eval.errors import UserError
 from demo2eval.evaluation.statistics import wilson_interval
 from demo2eval.evaluation.success_table import make_success_table
-from demo2eval.provenance import run_stage
+from demo2eval.provenance import read_manifest, run_stage
 
 FAILED, SOLVED, LOST_AGAIN = (0, 0, ""), (1, 1, "20"), (1, 0, "30")
 
@@ -59,6 +60,8 @@ def make(tmp_path):
         "table": tmp_path / "success.csv",
         "curve": tmp_path / "success.png",
         "milestones": tmp_path / "milestones.csv",
+        "milestone_curve": tmp_path / "milestones.png",
+        "provenance": tmp_path / "provenance.html",
     }
     return lambda rollouts, **changes: make_success_table("my_run", rollouts, **outputs | changes)
 
@@ -109,6 +112,23 @@ def test_the_curve_is_an_image_and_the_same_each_time(rollouts, make, tmp_path):
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colors
 
 
+def test_published_numbers_are_lines(rollouts, make, tmp_path):
+    curves = {}
+    for name, published in (("plain", {}), ("with", {"others": 50.0})):
+        make(rollouts, published=published, curve=tmp_path / f"{name}.png")
+        curves[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert curves["plain"] != curves["with"]
+
+
+def test_each_number_is_linked_to_what_made_it(rollouts, make, tmp_path):
+    make(rollouts)
+    page = (tmp_path / "provenance.html").read_text()
+    rows, links = re.findall(r'<tr id="(\w+)"', page), re.findall(r'href="#(\w+)"', page)
+    assert sorted(rows) == sorted(read_manifest(path)["digest"][:16] for path in rollouts)
+    assert sorted(links) == sorted(rows)
+    assert page.count("<td>0-3</td>") == 3  # the seeds of the four episodes
+
+
 def test_different_settings_are_not_compared(rollouts, make, tmp_path):
     longer = write_rollouts(tmp_path, 1500, [SOLVED] * 4, max_episode_steps=100)
     with pytest.raises(UserError, match=r"1500\.json were evaluated under different settings"):
@@ -120,6 +140,9 @@ def test_missing_episodes_are_a_sentence(rollouts, make):
     table = rollouts[0].with_suffix(".csv")
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match=r"1000\.csv is not what .*1000\.json describes"):
+        make(rollouts)
+    table.unlink()
+    with pytest.raises(UserError, match=r"1000\.csv is not what"):
         make(rollouts)
 
 

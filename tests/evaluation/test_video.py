@@ -7,16 +7,19 @@ import pytest
 from conftest import find_task
 
 from demo2eval.config import Evaluation
+from demo2eval.data.image_cache import decode_video
 from demo2eval.errors import UserError
-from demo2eval.evaluation import video
 from demo2eval.evaluation.video import (
     BORDER,
+    CAMERA_SIZE,
     CAPTION_HEIGHT,
     GRAY,
     GREEN,
     TILE_HEIGHT,
     TILE_WIDTH,
+    Seen,
     make_frames,
+    make_page,
     record_videos,
     write_video,
 )
@@ -47,9 +50,16 @@ def recorded(seed: int, first_success_step: int | None) -> EpisodeResult:
     )
 
 
+def seen_by(results: list[EpisodeResult]) -> Seen:
+    """What the policy was given in calls after every second step: ever brighter images."""
+    calls = range(0, LENGTH - 1, 2)
+    images = [{"base_camera": np.full((8, 8, 3), 20 * call, np.uint8)} for call in calls]
+    return {result.seed: images for result in results}
+
+
 def test_borders_turn_green_at_the_first_success():
     results = [recorded(0, 2), recorded(1, None), recorded(2, 4), recorded(3, 0)]
-    frames = list(make_frames(results))
+    frames = list(make_frames(results, seen_by(results), 2))
     assert len(frames) == LENGTH
     assert frames[0].shape == (2 * TILE_HEIGHT, 3 * TILE_WIDTH, 3)
     # The lower left corner of each episode's tile, where no text is.
@@ -61,6 +71,8 @@ def test_borders_turn_green_at_the_first_success():
     assert green == [[step >= 2, False, step >= 4, True] for step in range(LENGTH)]
     assert tuple(frames[0][corners[1]]) == GRAY
     assert not frames[0][TILE_HEIGHT:, TILE_WIDTH:].any()
+    policy = CAPTION_HEIGHT + BORDER + 1, BORDER + FRAME_SIZE + 1
+    assert [int(frame[policy][0]) for frame in frames] == [0, 0, 40, 40, 80, 80]
     middle = frames[3][CAPTION_HEIGHT + BORDER + FRAME_SIZE // 2, BORDER + FRAME_SIZE // 2]
     assert middle.tolist() == [136] * 3
 
@@ -68,7 +80,8 @@ def test_borders_turn_green_at_the_first_success():
 def test_the_file_is_h264_that_browsers_play(tmp_path):
     import av
 
-    frames = list(make_frames([recorded(0, 2), recorded(1, None)]))
+    results = [recorded(0, 2), recorded(1, None)]
+    frames = list(make_frames(results, seen_by(results), 2))
     file = tmp_path / "video.mp4"
     write_video(file, iter(frames))
     with av.open(str(file)) as container:
@@ -96,19 +109,20 @@ def write_rollouts(output: Path, checkpoint: str, success: list[int]) -> Path:
     return output
 
 
-def test_with_rollouts_only_failures_are_recorded(pushcube_run, tmp_path, monkeypatch):
+def test_a_page_becomes_coarser_until_a_report_can_show_it(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), np.uint8)
+    file = tmp_path / "video.mp4"
+    write_video(file, noise)
+    page = make_page("title", file, lambda: noise)
+    monkeypatch.setattr("demo2eval.evaluation.video.LARGEST_PAGE", len(page) // 2)
+    assert 1000 < len(make_page("title", file, lambda: noise)) <= len(page) // 2
+
+
+def test_with_rollouts_only_failures_are_recorded(pushcube_run, tmp_path):
     checkpoint, task = pushcube_run / "checkpoints/0.json", find_task("PushCube-v1")
     digest = read_manifest(checkpoint)["digest"]
-    recorded_seeds = []
 
-    def run_episodes(settings, seeds, num_workers, load_policy):
-        assert settings.record_frames
-        recorded_seeds.append(list(seeds))
-        return (recorded(seed, None) for seed in reversed(seeds))
-
-    monkeypatch.setattr(video, "run_episodes", run_episodes)
-
-    def record(name: str, rollouts: Path | None) -> Path:
+    def record(name: str, rollouts: Path) -> Path:
         output = tmp_path / f"{name}.json"
         record_videos(
             checkpoint,
@@ -116,17 +130,11 @@ def test_with_rollouts_only_failures_are_recorded(pushcube_run, tmp_path, monkey
             task="PushCube-v1",
             object=task.object,
             milestones=task.milestones,
-            evaluation=Evaluation(first_seed=10, num_videos=2),
+            evaluation=Evaluation(num_videos=2, max_episode_steps=4, replan_steps=2, num_workers=1),
             rollouts=rollouts,
         )
         return output
 
-    record("plain", None)
-    rollouts = write_rollouts(tmp_path / "some/0.json", digest, [1, 0, 1, 0, 0])
-    manifest = read_manifest(record("failures", rollouts))
-    assert recorded_seeds == [[10, 11], [1, 3]]
-    assert manifest["metadata"] == {"frames": LENGTH, "successes": 0}
-    assert list(manifest["outputs"]) == ["failures.mp4"]
     for checkpoint_digest, success, sentence in (
         (digest, [1, 1], "no failure to record"),
         ("another", [0, 0], "are not rollouts of"),
@@ -134,3 +142,12 @@ def test_with_rollouts_only_failures_are_recorded(pushcube_run, tmp_path, monkey
         rollouts = write_rollouts(tmp_path / sentence / "0.json", checkpoint_digest, success)
         with pytest.raises(UserError, match=sentence):
             record("refused", rollouts)
+    rollouts = write_rollouts(tmp_path / "some/0.json", digest, [1, 0, 1, 0, 0])
+    manifest = read_manifest(record("failures", rollouts))
+    assert manifest["metadata"] == {"frames": 5, "successes": 0, "seeds": [1, 3]}
+    assert list(manifest["outputs"]) == ["failures.mp4", "failures.html"]
+    frame = next(decode_video(tmp_path / "failures.mp4", np.array([0])))
+    top, left = CAPTION_HEIGHT + BORDER, BORDER + FRAME_SIZE
+    # The policy's only camera, and nothing below it.
+    assert frame[top : top + CAMERA_SIZE, left : left + CAMERA_SIZE].std() > 10
+    assert frame[top + CAMERA_SIZE + 8 : -8, left + 8 : left + CAMERA_SIZE - 8].std() < 1

@@ -1,9 +1,10 @@
-"""The metrics of all segments are one table and one picture."""
+"""The metrics of all segments are one table and one figure, and so is their throughput."""
 
 import pandas as pd
 import pytest
 
 from demo2eval.errors import UserError
+from demo2eval.provenance import run_stage
 from demo2eval.training.loss_curve import make_loss_curve
 from demo2eval.training.trainer import COLUMNS, Metrics
 
@@ -17,19 +18,35 @@ def write_segment(path, steps) -> str:
 
 
 def join(tmp_path, *segments):
-    """Write segments and make their table and curve."""
-    paths = [tmp_path / f"{steps[-1]}.csv" for steps in segments]
-    texts = [write_segment(path, steps) for path, steps in zip(paths, segments, strict=True)]
-    table, curve = tmp_path / "metrics.csv", tmp_path / "loss.png"
-    make_loss_curve("run", paths, table=table, curve=curve)
-    return texts, table, curve
+    """Write segments and their manifests, and make their tables and curves."""
+    checkpoints = [tmp_path / f"{steps[-1]}.json" for steps in segments]
+    texts = []
+    for output, steps in zip(checkpoints, segments, strict=True):
+        with run_stage(
+            output, stage="train", module="demo2eval.training.train", settings={}
+        ) as job:
+            metrics = output.with_suffix("") / "metrics.csv"
+            metrics.parent.mkdir()
+            texts.append(write_segment(metrics, steps))
+            rate = {"samples_per_s": 2.5, "training_time_s": 60.0}
+            job.finish([metrics], step=steps[-1], **rate, device="cpu", num_devices=1)
+    outputs = {
+        "table": tmp_path / "metrics.csv",
+        "curve": tmp_path / "loss.png",
+        "throughput_table": tmp_path / "throughput.csv",
+        "throughput": tmp_path / "throughput.png",
+    }
+    make_loss_curve("run", checkpoints, **outputs)
+    return texts, outputs
 
 
 def test_segments_are_joined_as_they_were_written(tmp_path):
-    texts, table, curve = join(tmp_path, range(1, 4), range(4, 7))
-    assert table.read_text() == texts[0] + texts[1].split("\n", 1)[1]
-    assert pd.read_csv(table).step.tolist() == [1, 2, 3, 4, 5, 6]
-    assert curve.read_bytes().startswith(b"\x89PNG")
+    texts, outputs = join(tmp_path, range(1, 4), range(4, 7))
+    assert outputs["table"].read_text() == texts[0] + texts[1].split("\n", 1)[1]
+    assert pd.read_csv(outputs["table"]).step.tolist() == [1, 2, 3, 4, 5, 6]
+    assert pd.read_csv(outputs["throughput_table"]).step.tolist() == [3, 6]
+    for name in ("curve", "throughput"):
+        assert outputs[name].read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("second", [range(5, 8), range(3, 7)], ids=["missing", "twice"])

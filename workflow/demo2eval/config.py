@@ -452,6 +452,10 @@ class Task(Sections):
     )
     object: str = Field(description="env attribute: the object that is manipulated")
     milestones: Milestones = Field(description="sub-goals, in order")
+    published: dict[str, Annotated[Float, Field(ge=0, le=100)]] = Field(
+        default={},
+        description="success rates of others, percent, which curves are drawn with: name: 74.0",
+    )
 
 
 class RunEntry(Sections):
@@ -491,6 +495,7 @@ class Run(Sections):
     hidden_goal: str | None
     object: str
     milestones: Milestones
+    published: dict[str, float]
 
     def shards(self, available: int = ALL_DEMOS) -> range:
         """Return the numbers of the shards, of a source that has so many demonstrations."""

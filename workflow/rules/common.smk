@@ -4,6 +4,7 @@
 # settings that made them. Runs with equal settings share the work, and changed settings make new work
 # beside the old.
 
+import csv
 import hashlib
 import json
 import os
@@ -74,6 +75,23 @@ def section(name, of=lambda wildcards: get_run(wildcards.run)):
 def field(name, of=lambda wildcards: get_run(wildcards.run)):
     """For `params`: one setting, such as "task" or "demos.num_demos"."""
     return lambda wildcards: attrgetter(name)(of(wildcards))
+
+
+def in_report(file, category, figure):
+    """An output that Snakemake's report shows, with its caption from workflow/report.
+
+    Args:
+        category: of the report's menu.
+        figure: what it shows; the caption's file name, with spaces.
+    """
+
+    def labels(wildcards):
+        step = {"checkpoint": wildcards.step} if "step" in wildcards.keys() else {}
+        task = get_run(wildcards.run).task
+        return {"figure": figure, "run": wildcards.run, "task": task} | step
+
+    caption = f"../report/{figure.replace(' ', '_')}.rst"
+    return report(file, caption=caption, category=category, labels=labels)
 
 
 def schedule(name):
@@ -315,6 +333,36 @@ def rollouts_of_runs(wildcards):
 def all_metrics(wildcards):
     steps = get_run(wildcards.run).steps[1:]
     return [f"results/{wildcards.run}/checkpoints/{step}/metrics.csv" for step in steps]
+
+
+def trained_checkpoints(wildcards):
+    steps = get_run(wildcards.run).steps[1:]
+    return [f"results/{wildcards.run}/checkpoints/{step}.json" for step in steps]
+
+
+def finished_runs():
+    """The runs that have a success table."""
+    return [run for run in RUNS.values() if Path(f"results/{run.name}/success.csv").exists()]
+
+
+def finished_tables(wildcards):
+    if not (runs := finished_runs()):
+        raise WorkflowError(
+            "no run of the configuration has a success table yet: ask for results/<run>/success.csv "
+            "first. Runs of another file need --configfile."
+        )
+    return [f"results/{run.name}/success.csv" for run in runs]
+
+
+def failure_pages(wildcards):
+    """Videos of the failures of each finished run's last checkpoint, where there are any."""
+    last = [f"results/{run.name}/{{}}/{run.steps[-1]}" for run in finished_runs()]
+    episodes = {name: Path(f"{name.format('rollouts')}.csv") for name in last}
+    return [
+        f"{name.format('failures')}.html"
+        for name, file in episodes.items()
+        if file.exists() and any(row["success_once"] == "0" for row in csv.DictReader(file.open()))
+    ]
 
 
 def last_video(wildcards):

@@ -52,6 +52,45 @@ rule norm_stats:
         " --output {output.manifest:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
+rule dataset_figures:
+    input:
+        dataset=dataset_of_run,
+        norm_stats="results/{run}/norm_stats/manifest.json",
+        image_cache=image_cache_of_run,
+    output:
+        contact_sheet=in_report(
+            "results/{run}/dataset/contact_sheet.png", "Dataset", "contact sheet"
+        ),
+        histograms=in_report(
+            "results/{run}/dataset/action_histograms.png", "Dataset", "action histograms"
+        ),
+        lengths=in_report("results/{run}/dataset/demo_lengths.png", "Dataset", "demo lengths"),
+        tables=multiext("results/{run}/dataset/", "action_histograms.csv", "demo_lengths.csv"),
+    log:
+        "results/{run}/logs/dataset_figures.log",
+    benchmark:
+        "results/{run}/benchmarks/dataset_figures.tsv"
+    resources:
+        mem=8000,
+        runtime=30,
+        slurm_extra=slurm(),
+    params:
+        folder=subpath(output.contact_sheet, parent=True),
+        cameras=lambda wildcards: json.dumps(
+            sorted(set(get_run(wildcards.run).replay.cameras.values()))
+        ),
+        image_size=lambda wildcards: get_run(wildcards.run).pi0_config().siglip.image_size,
+        max_episode_steps=field("evaluation.max_episode_steps"),
+        actions=section("actions"),
+        code=code("data.dataset_figures"),
+    shell:
+        "$PYTHON -m demo2eval.data.dataset_figures --dataset {input.dataset:q}"
+        " --norm_stats {input.norm_stats:q} --image_cache {input.image_cache:q}"
+        " --folder {params.folder:q} --cameras {params.cameras:q} --image_size {params.image_size}"
+        " --max_episode_steps {params.max_episode_steps} --actions {params.actions:q}"
+        " 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
+
+
 rule image_cache:
     input:
         dataset_of_cache,

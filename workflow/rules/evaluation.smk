@@ -75,6 +75,7 @@ rule video:
     output:
         manifest="results/{run}/videos/{step}.json",
         video="results/{run}/videos/{step}.mp4",
+        page=in_report("results/{run}/videos/{step}.html", "Videos", "video"),
     log:
         "results/{run}/logs/video_{step}.log",
     benchmark:
@@ -108,10 +109,13 @@ rule success_table:
         rollouts=all_rollouts,
         video=last_video,
         loss_curve="results/{run}/loss.png",
+        contact_sheet="results/{run}/dataset/contact_sheet.png",
     output:
-        table="results/{run}/success.csv",
-        curve="results/{run}/success.png",
+        table=in_report("results/{run}/success.csv", "Success", "success table"),
+        curve=in_report("results/{run}/success.png", "Success", "success"),
         milestones="results/{run}/milestones.csv",
+        milestone_curve=in_report("results/{run}/milestones.png", "Success", "milestones"),
+        provenance=in_report("results/{run}/provenance.html", "Provenance", "provenance"),
     log:
         "results/{run}/logs/success_table.log",
     benchmark:
@@ -119,11 +123,14 @@ rule success_table:
     localrule: True
     params:
         rollouts=lambda wildcards, input: json.dumps(list(input.rollouts)),
+        published=lambda wildcards: json.dumps(get_run(wildcards.run).published),
         code=code("evaluation.success_table"),
     shell:
         "$PYTHON -m demo2eval.evaluation.success_table --run {wildcards.run:q}"
-        " --rollouts {params.rollouts:q} --table {output.table:q} --curve {output.curve:q}"
-        " --milestones {output.milestones:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
+        " --rollouts {params.rollouts:q} --published {params.published:q}"
+        " --table {output.table:q} --curve {output.curve:q}"
+        " --milestones {output.milestones:q} --milestone_curve {output.milestone_curve:q}"
+        " --provenance {output.provenance:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 # Not part of the chain: runs beside each other, results/comparisons/<run>+<run>.csv.
@@ -132,7 +139,12 @@ rule comparison:
         rollouts_of_runs,
     output:
         table="results/comparisons/{runs}.csv",
-        figure="results/comparisons/{runs}.png",
+        figure=report(
+            "results/comparisons/{runs}.png",
+            caption="../report/comparison.rst",
+            category="All runs",
+            labels={"figure": "comparison", "runs": "{runs}"},
+        ),
     log:
         "results/comparisons/{runs}.log",
     benchmark:
@@ -146,7 +158,41 @@ rule comparison:
         " --table {output.table:q} --figure {output.figure:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
-# Not part of the chain: to find out why a run fails.
+# Not part of the chain: several runs side by side, and why a run fails.
+
+
+rule success_curves:
+    input:
+        finished_tables,
+    output:
+        table="results/success_curves.csv",
+        curves=report(
+            "results/success_curves.png",
+            caption="../report/success_curves.rst",
+            category="All runs",
+            labels={"figure": "success of all runs"},
+        ),
+    log:
+        "results/logs/success_curves.log",
+    benchmark:
+        "results/logs/success_curves.tsv"
+    localrule: True
+    params:
+        tables=as_json,
+        tasks=json.dumps({name: run.task for name, run in RUNS.items()}),
+        published=json.dumps({run.task: run.published for run in RUNS.values()}),
+        code=code("evaluation.success_curves"),
+    shell:
+        "$PYTHON -m demo2eval.evaluation.success_curves --tables {params.tables:q}"
+        " --tasks {params.tasks:q} --published {params.published:q} --table {output.table:q}"
+        " --curves {output.curves:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
+
+
+# All that a report shows of the finished runs: snakemake report --report report.html
+rule report:
+    input:
+        "results/success_curves.png",
+        failure_pages,
 
 
 use rule video as failure_video with:
@@ -156,6 +202,7 @@ use rule video as failure_video with:
     output:
         manifest="results/{run}/failures/{step}.json",
         video="results/{run}/failures/{step}.mp4",
+        page=in_report("results/{run}/failures/{step}.html", "Videos", "failures"),
     log:
         "results/{run}/logs/failure_video_{step}.log",
     benchmark:

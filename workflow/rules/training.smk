@@ -84,21 +84,26 @@ rule train:
 
 rule loss_curve:
     input:
-        all_metrics,
+        checkpoints=trained_checkpoints,
+        metrics=all_metrics,
     output:
         table="results/{run}/metrics.csv",
-        curve="results/{run}/loss.png",
+        curve=in_report("results/{run}/loss.png", "Training", "loss"),
+        throughput_table="results/{run}/throughput.csv",
+        throughput=in_report("results/{run}/throughput.png", "Training", "throughput"),
     log:
         "results/{run}/logs/loss_curve.log",
     benchmark:
         "results/{run}/benchmarks/loss_curve.tsv"
     localrule: True
     params:
-        metrics=as_json,
+        checkpoints=lambda wildcards, input: json.dumps(list(input.checkpoints)),
         code=code("training.loss_curve"),
     shell:
-        "$PYTHON -m demo2eval.training.loss_curve --run {wildcards.run:q} --metrics {params.metrics:q}"
-        " --table {output.table:q} --curve {output.curve:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
+        "$PYTHON -m demo2eval.training.loss_curve --run {wildcards.run:q}"
+        " --checkpoints {params.checkpoints:q} --table {output.table:q} --curve {output.curve:q}"
+        " --throughput_table {output.throughput_table:q} --throughput {output.throughput:q}"
+        " 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
 # Not part of the chain: what keep_period does not keep goes when later checkpoints are trained, and

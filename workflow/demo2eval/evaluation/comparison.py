@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from demo2eval.cli import run
 from demo2eval.errors import UserError
 from demo2eval.evaluation.statistics import episodes_for_power, mcnemar_mid_p, paired_interval
+from demo2eval.figures import BLUE, new_figure
 from demo2eval.maniskill.milestones import NOTHING
 from demo2eval.provenance import read_manifest, verify_outputs, write_atomic
 
@@ -166,25 +167,15 @@ def describe(row: Mapping) -> str:
 
 def draw_differences(rows: "pd.DataFrame", file: Path) -> None:
     """Draw the difference of each pair with its interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.2, 1.2 + 0.34 * len(rows)), layout="constrained")
     places = range(len(rows))
     middle, low, high = (100 * rows[name] for name in ("difference", "ci_low", "ci_high"))
-    axes.errorbar(
-        middle, places, xerr=[middle - low, high - middle], fmt="o", color="#0072B2", capsize=3
-    )
-    axes.axvline(0, color="0.3", linestyle=":", linewidth=1.2)
-    axes.set_yticks(places, map(name_pair, rows.to_dict("records")), fontsize=9)
-    axes.invert_yaxis()
-    axes.set(xlabel="difference of success once\n(percentage points, 95 % paired interval)")
-    axes.grid(alpha=0.25, axis="x")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150, format="png", metadata={"Software": None})
-    pyplot.close(figure)
+    with new_figure(file, figsize=(7.2, 1.2 + 0.34 * len(rows))) as (_, panel):
+        errors = [middle - low, high - middle]
+        panel.errorbar(middle, places, xerr=errors, fmt="o", color=BLUE, capsize=3)
+        panel.axvline(0, color="0.3", linestyle=":", linewidth=1.2)
+        panel.set_yticks(places, map(name_pair, rows.to_dict("records")), fontsize=9)
+        panel.invert_yaxis()
+        panel.set_xlabel("difference of success once\n(percentage points, 95 % paired interval)")
 
 
 if __name__ == "__main__":

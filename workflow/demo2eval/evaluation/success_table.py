@@ -1,8 +1,8 @@
 """The success table and curve of a run.
 
 In:  the manifests of the rollouts of its checkpoints, with a CSV file of episodes beside each.
-Out: success.csv, a row per checkpoint; milestones.csv, how far the episodes of each checkpoint
-     came; and success.png.
+Out: success.csv, a row per checkpoint, and success.png, its curve; milestones.csv and .png, how far
+     the episodes of each checkpoint came; provenance.html, what made the numbers.
 
 success_once is the share of episodes in which the task was solved after some step, success_at_end
 after the last; both with the bounds of their 95 % Wilson interval. An episode's length is the
@@ -11,12 +11,15 @@ that of the rollouts. A row of milestones.csv counts the episodes whose furthest
 this one or a later one, and those that ended their way here.
 """
 
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo2eval.cli import run
 from demo2eval.errors import UserError
+from demo2eval.evaluation.provenance_page import write_provenance_page
 from demo2eval.evaluation.statistics import wilson_interval
+from demo2eval.figures import BLUE, STYLES, VERMILION, draw_published, new_figure
 from demo2eval.maniskill.milestones import NOTHING
 from demo2eval.provenance import read_manifest, verify_outputs, write_atomic
 
@@ -25,16 +28,27 @@ if TYPE_CHECKING:
 
 
 def make_success_table(
-    run: str, rollouts: list[Path], *, table: Path, curve: Path, milestones: Path
+    run: str,
+    rollouts: list[Path],
+    *,
+    published: dict[str, float] | None = None,
+    table: Path,
+    curve: Path,
+    milestones: Path,
+    milestone_curve: Path,
+    provenance: Path,
 ) -> None:
-    """Make the tables and the curve of a run.
+    """Make the tables, the curves and the page of provenance of a run.
 
     Args:
         run: name of the run.
         rollouts: manifests of the rollouts of its checkpoints.
+        published: success rates of others on the task, percent, for lines to compare with.
         table: success.csv to write.
         curve: success.png to write.
         milestones: milestones.csv to write.
+        milestone_curve: milestones.png to write.
+        provenance: provenance.html to write.
 
     Raises:
         UserError: if the checkpoints were not evaluated on the same seeds under the same
@@ -61,9 +75,11 @@ def make_success_table(
             {"run": run, "step": manifest["metadata"]["step"]} | row
             for row in count_milestones(episodes, [NOTHING, *names])
         ]
-    success = pd.DataFrame(rows)
-    draw_curve(success, manifests[rollouts[0]]["settings"]["task"], curve)
-    for frame, path in ((pd.DataFrame(milestone_rows), milestones), (success, table)):
+    success, reached = pd.DataFrame(rows), pd.DataFrame(milestone_rows)
+    draw_curve(success, manifests[rollouts[0]]["settings"]["task"], curve, published or {})
+    draw_milestones(reached, len(episodes), milestone_curve)
+    write_provenance_page(success, rollouts, provenance)
+    for frame, path in ((reached, milestones), (success, table)):
         write_atomic(path, frame.to_csv(index=False, lineterminator="\n"))
     for row in rows:
         print(
@@ -118,50 +134,60 @@ def count_milestones(episodes: "pd.DataFrame", names: list[str]) -> list[dict]:
     return rows
 
 
-def draw_curve(rows: "pd.DataFrame", task: str, file: Path) -> None:
+def draw_curve(rows: "pd.DataFrame", task: str, file: Path, published: dict[str, float]) -> None:
     """Draw success over training steps, with intervals; a dotted line is the untrained policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    # Okabe and Ito's blue and vermilion, for the color-blind; marker and line differ in gray as
-    # well.
-    blue, vermilion = "#0072B2", "#D55E00"
     once, low, high = 100 * rows.success_once, 100 * rows.ci_low, 100 * rows.ci_high
-    axes.fill_between(rows.step, low, high, color=blue, alpha=0.15, linewidth=0)
-    curves = [
-        axes.errorbar(
-            rows.step,
-            once,
-            [once - low, high - once],
-            fmt="o-",
-            color=blue,
-            capsize=3,
-            elinewidth=1,
-            label="success once, 95 % Wilson interval",
-        ),
-        *axes.plot(
-            rows.step,
-            100 * rows.success_at_end,
-            "s--",
-            color=vermilion,
-            markersize=4,
-            label="success at end",
-        ),
-    ]
-    if rows.step[0] == 0:
-        label = "untrained, success once"
-        curves.append(axes.axhline(once[0], color="0.3", linestyle=":", linewidth=1.2, label=label))
-    axes.set(xlabel="training step", ylabel="successful episodes (%)", ylim=(-3, 103))
-    title = f"{rows.run[0]}: {task}, {rows.episodes[0]} episodes per checkpoint"
-    axes.set_title(title, fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(handles=curves, frameon=False, fontsize=9)
-    figure.savefig(file, dpi=150, format="png", metadata={"Software": None})
-    pyplot.close(figure)
+    with new_figure(file, figsize=(6.4, 4.0)) as (_, axes):
+        axes.fill_between(rows.step, low, high, color=BLUE, alpha=0.15, linewidth=0)
+        curves = [
+            axes.errorbar(
+                rows.step,
+                once,
+                [once - low, high - once],
+                fmt="o-",
+                color=BLUE,
+                capsize=3,
+                elinewidth=1,
+                label="success once, 95 % Wilson interval",
+            ),
+            *axes.plot(
+                rows.step,
+                100 * rows.success_at_end,
+                "s--",
+                color=VERMILION,
+                markersize=4,
+                label="success at end",
+            ),
+        ]
+        if rows.step[0] == 0:
+            label = "untrained, success once"
+            style = {"color": "0.3", "linestyle": (0, (6, 3)), "linewidth": 1}
+            curves.append(axes.axhline(once[0], label=label, **style))
+        draw_published(axes, published)
+        axes.set(xlabel="training step", ylabel="successful episodes (%)", ylim=(-3, 103))
+        title = f"{rows.run[0]}: {task}, {rows.episodes[0]} episodes per checkpoint"
+        axes.set_title(title, fontsize=11)
+        axes.legend(handles=curves, frameon=False, fontsize=9)
+
+
+def draw_milestones(rows: "pd.DataFrame", episodes: int, file: Path) -> None:
+    """Draw for each milestone the share of episodes that reached it, over training steps.
+
+    Args:
+        rows: of milestones.csv.
+        episodes: of each checkpoint.
+    """
+    with new_figure(file, figsize=(6.4, 4.0)) as (_, axes):
+        milestones = rows[rows.milestone != NOTHING].groupby("milestone", sort=False)
+        for index, ((name, reached), style) in enumerate(
+            zip(milestones, cycle(STYLES), strict=False)
+        ):
+            # Where milestones coincide, each marker is seen inside the one before.
+            marker = {"fillstyle": "none", "markersize": max(12 - 2 * index, 4)}
+            axes.plot(reached.step, 100 * reached.reached / episodes, label=name, **marker, **style)
+        axes.set(xlabel="training step", ylabel="episodes that reached it (%)", ylim=(-3, 103))
+        axes.set_title(f"{rows.run[0]}: milestones of {episodes} episodes", fontsize=11)
+        axes.legend(frameon=False, fontsize=9, handlelength=4)
 
 
 if __name__ == "__main__":

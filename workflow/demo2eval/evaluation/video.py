@@ -2,13 +2,15 @@
 
 In:  the manifest of a checkpoint; that of its rollouts, if the video is to show episodes that
      failed there.
-Out: <output without .json>.mp4 (h264, which browsers play), a frame per control step, of
-     ManiSkill's human render camera. Under the settings of the rollouts these are the same
-     episodes.
+Out: <output without .json>.mp4 (h264, which browsers play), a frame per control step: on the left
+     ManiSkill's human render camera, on the right the images that the policy was given last. Under
+     the settings of the rollouts these are the same episodes. And .html, a page with the video in
+     it, for Snakemake's report, which shows pages but no videos.
 """
 
+import base64
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from demo2eval.evaluation.rollout import find_task_facts, list_seeds, policy_loa
 from demo2eval.evaluation.workers import (
     FRAME_SIZE,
     EpisodeResult,
+    Infer,
+    PolicyCall,
     make_episode_settings,
     run_episodes,
 )
@@ -32,7 +36,14 @@ COLUMNS = 3
 BORDER = 4
 CAPTION_HEIGHT = 20
 FONT_SIZE = 14
-TILE_HEIGHT, TILE_WIDTH = FRAME_SIZE + 2 * BORDER + CAPTION_HEIGHT, FRAME_SIZE + 2 * BORDER
+CAMERA_SIZE = FRAME_SIZE // 2
+"""Side of the policy's images in a video, pixels."""
+TILE_HEIGHT = FRAME_SIZE + 2 * BORDER + CAPTION_HEIGHT
+TILE_WIDTH = FRAME_SIZE + CAMERA_SIZE + 2 * BORDER
+LARGEST_PAGE = 1_450_000
+"""Bytes of a page. Chromium shows no page above 2 MiB inside a report, which adds a third."""
+CRF, COARSER = 23, (29, 35, 41, 47, 51)
+"""h264's quality, of the video, and of the video in a page if that would be too large."""
 GREEN, GRAY = (0, 158, 115), (90, 90, 90)
 
 
@@ -86,14 +97,25 @@ def record_videos(
             read_policy_metadata(folder), task, object, milestones, evaluation, record_frames=True
         )
         load = policy_loader(folder, evaluation)
-        episodes = run_episodes(episode_settings, seeds, evaluation.num_workers, load)
+        seen: Seen = {}
+        episodes = run_episodes(
+            episode_settings, seeds, evaluation.num_workers, recording(load, seen)
+        )
         results = list(tqdm(episodes, total=len(seeds), unit="episode", desc="recording"))
         results.sort(key=lambda result: result.seed)
-        write_video(job.partial / f"{output.stem}.mp4", make_frames(results))
-        videos = job.publish(f"{output.stem}.mp4")
+
+        def frames() -> Iterator[np.ndarray]:
+            return make_frames(results, seen, evaluation.replan_steps)
+
+        video = job.partial / f"{output.stem}.mp4"
+        write_video(video, frames())
+        page = make_page(f"{task}, checkpoint {checkpoint.stem}", video, frames)
+        (job.partial / f"{output.stem}.html").write_text(page)
+        videos = job.publish(f"{output.stem}.mp4", f"{output.stem}.html")
         job.finish(
             videos,
             declared=videos,
+            seeds=list(seeds),
             frames=results[0].steps + 1,
             successes=sum(result.success_once for result in results),
         )
@@ -114,24 +136,57 @@ def failed_seeds(rollouts: Path, checkpoint: Path) -> list[int]:
     return seeds
 
 
-def make_frames(results: Sequence[EpisodeResult]) -> Iterator[np.ndarray]:
+Seen = dict[int, list[dict[str, np.ndarray]]]
+"""{seed of an episode: {camera: uint8 [h, w, 3]} of each policy call}."""
+
+
+def recording(load_policy: Callable[[], Infer], seen: Seen) -> Callable[[], Infer]:
+    """Return a function that loads the same policy, which notes in `seen` what it is given."""
+
+    def load() -> Infer:
+        infer = load_policy()
+
+        def infer_and_note(calls: list[PolicyCall]) -> Iterable[np.ndarray]:
+            for call in calls:
+                images = seen.setdefault(call.seed, [])
+                # An episode that is started again, after its process hung, begins at call 0.
+                images[call.index :] = [call.observation["images"]]
+            return infer(calls)
+
+        return infer_and_note
+
+    return load
+
+
+def make_frames(
+    results: Sequence[EpisodeResult], seen: Seen, replan_steps: int
+) -> Iterator[np.ndarray]:
     """Yield the frames of the video, uint8 [h, w, 3], with `COLUMNS` episodes in a row.
 
     Args:
         results: episodes of equal length, with frames.
+        seen: the images that the policy was given.
+        replan_steps: control steps between two policy calls.
     """
     columns = min(COLUMNS, len(results))
     blanks = [np.zeros((TILE_HEIGHT, TILE_WIDTH, 3), np.uint8)] * (-len(results) % columns)
     for step in range(results[0].steps + 1):
-        tiles = [make_tile(result, step) for result in results] + blanks
+        tiles = [
+            make_tile(result, step, seen[result.seed][min(step, result.steps - 1) // replan_steps])
+            for result in results
+        ]
+        tiles += blanks
         rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
         yield np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 
-def make_tile(result: EpisodeResult, step: int) -> np.ndarray:
+def make_tile(result: EpisodeResult, step: int, images: dict[str, np.ndarray]) -> np.ndarray:
     """Return an episode's share of a frame, uint8 [TILE_HEIGHT, TILE_WIDTH, 3].
 
     The caption gives the seed and, of an episode that fails, the furthest milestone.
+
+    Args:
+        images: {camera: uint8 [h, w, 3]} that the policy was given last.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -141,6 +196,10 @@ def make_tile(result: EpisodeResult, step: int) -> np.ndarray:
     outcome = "success" if success else "" if result.success_once else result.milestone
     tile = Image.new("RGB", (TILE_WIDTH, TILE_HEIGHT), GREEN if success else GRAY)
     tile.paste(Image.fromarray(result.frames[step]), (BORDER, BORDER + CAPTION_HEIGHT))
+    side = (CAMERA_SIZE, CAMERA_SIZE)
+    for number, image in enumerate(images.values()):
+        corner = (BORDER + FRAME_SIZE, BORDER + CAPTION_HEIGHT + number * CAMERA_SIZE)
+        tile.paste(Image.fromarray(image).resize(side, Image.Resampling.NEAREST), corner)
     ImageDraw.Draw(tile).text(
         (BORDER + 2, 3),
         f"seed {result.seed}  {outcome}",
@@ -150,19 +209,47 @@ def make_tile(result: EpisodeResult, step: int) -> np.ndarray:
     return np.asarray(tile)
 
 
-def write_video(path: Path, frames: Iterable[np.ndarray]) -> None:
+def write_video(path: Path, frames: Iterable[np.ndarray], crf: int = CRF) -> None:
     """Encode frames, uint8 [h, w, 3] with even sides, at the control frequency."""
     # imageio would need an ffmpeg of its own; LeRobot brings PyAV.
     import av
 
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=CONTROL_FREQUENCY, options={"crf": "23"})
+        stream = container.add_stream("libx264", rate=CONTROL_FREQUENCY, options={"crf": str(crf)})
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:
             stream.height, stream.width = frame.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def make_page(title: str, video: Path, frames: Callable[[], Iterable[np.ndarray]]) -> str:
+    """Return an HTML page with a video in it; coarser ones are tried until a report can show it.
+
+    Args:
+        video: file of the video.
+        frames: returns its frames.
+    """
+    page = embed_video(title, video)
+    for crf in COARSER:
+        if len(page) <= LARGEST_PAGE:
+            break
+        smaller = video.with_name("smaller.mp4")
+        write_video(smaller, frames(), crf)
+        page = embed_video(title, smaller)
+    return page
+
+
+def embed_video(title: str, video: Path) -> str:
+    """Return an HTML page with a video in it."""
+    data = base64.b64encode(video.read_bytes()).decode()
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{title}</title>'
+        '<body style="margin: 0; background: #fff">'
+        '<video controls autoplay loop muted style="width: 100%; max-height: 100vh" '
+        f'src="data:video/mp4;base64,{data}"></video>\n'
+    )
 
 
 if __name__ == "__main__":
