@@ -101,7 +101,7 @@ def execute(policy, data: Data) -> tuple[Probe, list[EpisodeResult]]:
 
 def errors_of(probe: Probe, results: list[EpisodeResult]) -> list[str]:
     """Return the sentences of the errors."""
-    findings = check_episodes(probe, results, 0.0)
+    findings = check_episodes(probe, results, 0.0, EVALUATION.min_demo_success)
     return [finding.sentence for finding in findings if finding.level == "error"]
 
 
@@ -110,9 +110,9 @@ def executed(run) -> tuple[Probe, list[EpisodeResult]]:
     """The demonstrations, as the stage has executed them."""
     seen = []
 
-    def watch(probe, results, joint_perturbation):
+    def watch(probe, results, *settings):
         seen.extend([probe, results])
-        return check_episodes(probe, results, joint_perturbation)
+        return check_episodes(probe, results, *settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preflight, "check_episodes", watch)

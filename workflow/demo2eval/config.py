@@ -385,6 +385,14 @@ class Evaluation(Section):
     num_workers: Int = Field(
         default=8, ge=1, le=1024, description="simulator processes", json_schema_extra=SCHEDULE
     )
+    min_demo_success: Float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of demonstrations that must succeed in the preflight; 0 where their "
+        "seeds do not give their scenes, as with demonstrations from ManiSkill's GPU simulation",
+        json_schema_extra=SCHEDULE,
+    )
     num_videos: Int = Field(
         default=6, ge=1, le=100, description="episodes in a video", json_schema_extra=SCHEDULE
     )

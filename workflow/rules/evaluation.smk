@@ -18,6 +18,7 @@ rule preflight:
         mem=16000,
         runtime=60,
         slurm_extra=slurm(),
+        min_demo_success=schedule("evaluation.min_demo_success"),
     params:
         task=field("task"),
         object=field("object"),
@@ -29,6 +30,7 @@ rule preflight:
         " --dataset {input.dataset:q} --image_cache {input.image_cache:q} --task {params.task:q}"
         " --object {params.object:q} --joint_perturbation {params.joint_perturbation}"
         " --evaluation {params.evaluation:q}"
+        " --evaluation.min_demo_success {resources.min_demo_success}"
         " --evaluation.num_workers {threads} --output {output:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
