@@ -168,7 +168,7 @@ def diagnose() -> Iterator[tuple[bool, str]]:
 
 def main() -> None:
     """Print the table; exit with status 1 if something that the quickstart needs is missing."""
-    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0]).parse_args()
     all_ok = True
     for ok, line in diagnose():
         all_ok = all_ok and ok
