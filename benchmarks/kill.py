@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -132,9 +133,8 @@ class Command:
     def _read(self) -> None:
         for line in self.process.stdout:
             self.said += line
-            words = line.removeprefix("local").split()
-            if len(words) == 2 and words[0] == "rule":
-                self.began.setdefault(words[1].rstrip(":"), time.time())
+            if started := re.match(r"[\d:]{8} (\w+) results/", line):
+                self.began.setdefault(started[1], time.time())
 
     def wait(self) -> str:
         """Wait until it has ended well, and return what it said."""

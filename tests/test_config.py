@@ -121,6 +121,7 @@ BAD_VALUES = [
     ("demos", {"source": "my{x}.h5"}, "demos.source is 'my{x}.h5'; it has braces"),
     ("training", {"stepps": 6}, "unknown key 'stepps'"),
     ("training", {"batchsize": 16}, "Did you mean 'batch_size'?"),
+    ("training", {"lr": 1e-3}, "Did you mean 'peak_lr'?"),
     ("training", {"batch_size": "many"}, "training.batch_size is 'many'"),
     ("training", {"batch_size": 2.0}, "should be an integer"),
     ("training", {"batch_size": True}, "not a truth value"),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from demo2eval.screen import LONGEST, describe_failure, find_reason, strip_location
+from snakemake_logger_plugin_demo2eval import LONGEST, describe_failure, find_reason, strip_location
 
 INPUT_FUNCTION = """InputFunctionException in rule train in file "rules/training.smk", line 36:
 Error:
@@ -98,3 +98,9 @@ def test_an_error_before_any_job_is_its_sentence(snakemake):
     assert snakemake("wrong.txt") == ["there is nothing here."]
     assert "Traceback:" in snakemake("wrong.txt", "--verbose")
     assert "rule good:" in snakemake("good.txt", "--dry-run")
+
+
+def test_the_package_is_left_to_the_snakefile():
+    """Which may lie in another checkout than the environment's."""
+    code = "import sys, snakemake_logger_plugin_demo2eval; sys.exit('demo2eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

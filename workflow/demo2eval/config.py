@@ -540,7 +540,9 @@ class Run(Sections):
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest of the known words, or "" if none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = close or [item for item in known if word in item.split("_")]
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

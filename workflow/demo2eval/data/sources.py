@@ -19,7 +19,7 @@ from demo2eval.provenance import sha256_file, sha256_text, to_json, write_atomic
 
 HASHES = Path("results/.source_hashes.json")
 PLANNED_MODE = "pd_joint_pos"
-PROBLEMS_SHOWN = 2
+PROBLEMS_SHOWN = 1
 LARGE = 2**30
 
 
