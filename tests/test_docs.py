@@ -23,7 +23,7 @@ ELSEWHERE = (" report", "datasets.yaml", "--touch", "--unlock", "slurm", "benchm
 def read_blocks(page: str) -> Iterator[str]:
     """Yield the indented blocks of a page."""
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
-    for match in re.finditer(r"(?:^ {4}.*\n|^\n(?= {4}))+", text, re.MULTILINE):
+    for match in re.finditer(r"(?:^ {4}.*\n)+", text, re.MULTILINE):
         yield re.sub(r"^ {4}", "", match[0], flags=re.MULTILINE)
 
 

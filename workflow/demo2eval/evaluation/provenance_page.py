@@ -20,7 +20,7 @@ STYLE = """
 body { font: 14px/1.4 sans-serif; margin: 1.5em; color: #222; background: #fff }
 table { border-collapse: collapse; margin: .5em 0 1em }
 th, td { text-align: left; vertical-align: top; padding: .2em .7em .2em 0 }
-tr { border-bottom: 1px solid #ddd } tr:target { background: #fff3c4 }
+tr { border-bottom: 1px solid #ddd; scroll-margin-top: 6em } tr:target { background: #fff3c4 }
 code { font-size: 12px } pre { font-size: 12px; white-space: pre-wrap }
 summary { cursor: pointer; font-weight: bold; margin-top: .6em }
 """
