@@ -1,6 +1,7 @@
 """Weights on disk in openpi's layout: `<step>/params` holds {"params": tree}, written by Orbax."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +27,15 @@ READERS = 4
 # What Orbax's threads raise is raised here as well; they would log it once for each array.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+def _print_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    # TensorStore's threads, for each array that was being written when one could not be.
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _print_exception
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from demo2eval.cli import run
 from demo2eval.config import OnInvalid
 from demo2eval.data.validate import apply_on_invalid, validate_files
-from demo2eval.provenance import StageJob, run_stage, write_atomic
+from demo2eval.provenance import StageJob, require_room, run_stage, write_atomic
 from demo2eval.robots import Robot
 
 
@@ -71,9 +71,12 @@ def publish_demos(
     names = ("trajectory.h5", "trajectory.json")
     trajectories, metadata = (job.partial / name for name in names)
     episodes = file.episodes[:num_demos]
+    require_room(job.partial, 0)
     with h5py.File(path, "r") as content, h5py.File(trajectories, "w") as copy:
         for demo in file.demos[:num_demos]:
+            require_room(job.partial, count_bytes(content[demo.name]))
             content.copy(demo.name, copy)
+            copy.flush()
     write_atomic(metadata, json.dumps(file.metadata | {"episodes": episodes}, indent=1))
     seeds = [demo.seed for demo in file.demos[:num_demos]]
     job.finish(
@@ -84,6 +87,13 @@ def publish_demos(
         seeds=seeds,
         skipped=skipped,
     )
+
+
+def count_bytes(group) -> int:
+    """Return how many bytes the arrays below an HDF5 group have in memory."""
+    sizes: list[int] = []
+    group.visititems(lambda _, item: sizes.append(getattr(item, "nbytes", 0)))
+    return sum(sizes)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ that of the rollouts. A row of milestones.csv counts the episodes whose furthest
 this one or a later one, and those that ended their way here.
 """
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo2eval.cli import run
 from demo2eval.errors import UserError
 from demo2eval.maniskill.milestones import NOTHING
-from demo2eval.provenance import read_manifest, verify_outputs, write_atomic
+from demo2eval.provenance import read_manifest, report_full_disk, verify_outputs, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,9 +62,10 @@ def make_success_table(
             for row in count_milestones(episodes, [NOTHING, *names])
         ]
     success = pd.DataFrame(rows)
-    draw_curve(success, manifests[rollouts[0]]["settings"]["task"], curve)
-    for frame, path in ((pd.DataFrame(milestone_rows), milestones), (success, table)):
-        write_atomic(path, frame.to_csv(index=False, lineterminator="\n"))
+    with report_full_disk(table.parent):
+        draw_curve(success, manifests[rollouts[0]]["settings"]["task"], curve)
+        for frame, path in ((pd.DataFrame(milestone_rows), milestones), (success, table)):
+            write_atomic(path, frame.to_csv(index=False, lineterminator="\n"))
     for row in rows:
         print(
             f"step {row['step']:>7}: {row['successes']}/{row['episodes']} succeed "
@@ -188,8 +190,10 @@ def draw_curve(rows: "pd.DataFrame", task: str, file: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=curves, frameon=False, fontsize=9)
-    figure.savefig(file, dpi=150, format="png", metadata={"Software": None})
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png", metadata={"Software": None})
     pyplot.close(figure)
+    write_atomic(file, image.getvalue())
 
 
 if __name__ == "__main__":

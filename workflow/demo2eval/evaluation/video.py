@@ -87,7 +87,7 @@ def record_videos(
         videos = job.publish(f"{output.stem}.mp4")
         job.finish(
             videos,
-            declared=videos,
+            kept=videos,
             frames=results[0].steps + 1,
             successes=sum(result.success_once for result in results),
         )

@@ -4,12 +4,13 @@ In:  metrics.csv of each checkpoint, in the order of their steps.
 Out: metrics.csv, a row for each step, and loss.png: loss, gradient norm and learning rate.
 """
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo2eval.cli import run
 from demo2eval.errors import UserError
-from demo2eval.provenance import write_atomic
+from demo2eval.provenance import report_full_disk, verify_outputs, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,21 +29,26 @@ def make_loss_curve(run: str, metrics: list[Path], *, table: Path, curve: Path) 
         curve: loss.png to write.
 
     Raises:
-        UserError: if a step is missing or comes twice.
+        UserError: if a file is not what its checkpoint's manifest says, or a step is missing or
+            comes twice.
     """
     import pandas as pd
 
+    for manifest in (path.parent.with_suffix(".json") for path in metrics):
+        if manifest.exists():
+            verify_outputs(manifest)
     # As text, so that the numbers stay what the training wrote.
     rows = pd.concat([pd.read_csv(path, dtype=str) for path in metrics], ignore_index=True)
     steps = rows.step.astype(int)
     if (gaps := steps[steps != range(1, len(steps) + 1)]).any():
         raise UserError(
             f"the metrics of run {run!r} do not go on from step to step at {gaps.iloc[0]}: "
-            f"{', '.join(map(str, metrics))}. Delete the manifest of that checkpoint to train it "
-            "again."
+            f"{', '.join(map(str, metrics))}. Give those of all checkpoints, in the order of their "
+            "steps."
         )
-    draw_metrics(rows.astype(float), run, curve)
-    write_atomic(table, rows.to_csv(index=False, lineterminator="\n"))
+    with report_full_disk(table.parent):
+        draw_metrics(rows.astype(float), run, curve)
+        write_atomic(table, rows.to_csv(index=False, lineterminator="\n"))
 
 
 def draw_metrics(rows: "pd.DataFrame", run: str, file: Path) -> None:
@@ -72,8 +78,10 @@ def draw_metrics(rows: "pd.DataFrame", run: str, file: Path) -> None:
     for panel in axes:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150, format="png", metadata={"Software": None})
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png", metadata={"Software": None})
     pyplot.close(figure)
+    write_atomic(file, image.getvalue())
 
 
 if __name__ == "__main__":
