@@ -135,10 +135,10 @@ def test_different_settings_are_not_compared(rollouts, make, tmp_path):
 def test_missing_episodes_are_a_sentence(rollouts, make):
     table = rollouts[0].with_suffix(".csv")
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match="has 3 episodes instead of 4"):
+    with pytest.raises(UserError, match=r"1000.csv is not what .*1000.json describes"):
         make(rollouts)
     table.unlink()
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"1000.csv is not what .*1000.json describes"):
         make(rollouts)
 
 

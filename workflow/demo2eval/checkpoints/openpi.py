@@ -29,13 +29,13 @@ for _name in ("absl", "asyncio"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
-def _print_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    # TensorStore's threads, for each array that was being written when one could not be.
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+def _print_unraisable(unraisable: Any) -> None:
+    # TensorStore's threads, for each array that was being written when another could not be.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
-sys.excepthook = _print_exception
+sys.unraisablehook = _print_unraisable
 
 
 @dataclass(frozen=True)
