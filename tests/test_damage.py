@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,14 +19,16 @@ from demo2eval.evaluation.rollout import run_rollouts
 from demo2eval.evaluation.success_table import make_success_table
 from demo2eval.provenance import run_stage
 from demo2eval.training.init_checkpoint import init_checkpoint
+from demo2eval.training.loss_curve import make_loss_curve
 from demo2eval.training.train import train
 
 TASK = find_task("PushCube-v1")
+PUSHCUBE = {"task": "PushCube-v1", "robot": TASK.robot}
 
 
 @pytest.fixture
 def run(pushcube_run, pushcube_demos, tmp_path) -> Path:
-    """A copy of a run's folder, with demos and a table of rollouts, to be damaged."""
+    """A copy of a run's folder, with demos and tables of rollouts and training, to be damaged."""
     folder = tmp_path / "run"
     shutil.copytree(pushcube_run, folder, symlinks=True)
     shutil.copytree(pushcube_demos.parent, folder / "demos")
@@ -33,6 +37,13 @@ def run(pushcube_run, pushcube_demos, tmp_path) -> Path:
     ) as job:
         (job.partial / "0.csv").write_text("seed,success_once\n0,1\n")
         job.finish(job.publish("0.csv"))
+    with run_stage(
+        folder / "checkpoints/3.json", stage="train", module="demo2eval.config", settings={}
+    ) as job:
+        (job.partial / "3").mkdir()
+        (job.partial / "3/metrics.csv").write_text("step,loss,grad_norm,learning_rate\n1,1,1,1\n")
+        (metrics,) = job.publish("3")
+        job.finish([metrics])
     return folder
 
 
@@ -87,6 +98,10 @@ def success_table(run: Path, output: Path) -> None:
     make_success_table("run", [run / "rollouts/0.json"], **files)
 
 
+def loss_curve(run: Path, output: Path) -> None:
+    make_loss_curve("run", [run / "checkpoints/3/metrics.csv"], table=output, curve=output)
+
+
 # The file, and the stage that reads it.
 CASES: list[tuple[str, Callable[[Path, Path], None]]] = [
     ("demos/trajectory.h5", replay),
@@ -108,6 +123,7 @@ CASES: list[tuple[str, Callable[[Path, Path], None]]] = [
     ("checkpoints/0/assets/**/tokenizer.model", training),
     ("checkpoints/0/assets/**/policy.json", rollouts),
     ("rollouts/0.csv", success_table),
+    ("checkpoints/3/metrics.csv", loss_curve),
 ]
 
 
@@ -131,6 +147,43 @@ def test_a_damaged_file_is_found_by_its_reader(run, tmp_path, name, stage, damag
     with pytest.raises(UserError, match=found):
         stage(run, tmp_path / "out/1.json")
     assert not (tmp_path / "out/1.json").exists()
+
+
+# The stage, its arguments, and the KiB above which no file of it can be written.
+FULL_DISKS: list[tuple[str, dict[str, str], int]] = [
+    ("data.import_demos", PUSHCUBE | {"source": "demos/trajectory.h5", "num_demos": "3"}, 500),
+    ("data.replay", PUSHCUBE | {"demos": "demos/manifest.json", "object": TASK.object}, 500),
+    ("data.dataset", {"replays": '["replay/manifest.json"]', "prompt": "push"}, 50),
+    ("data.image_cache", {"dataset": "dataset/manifest.json", "image_size": "64"}, 50),
+    (
+        "training.init_checkpoint",
+        PUSHCUBE
+        | {
+            "norm_stats": "norm_stats/manifest.json",
+            "prompt": TASK.prompt,
+            "actions.action_horizon": "8",
+            "model": '{"variant": "pi05_tiny", "weights": null, "tokenizer": null}',
+        },
+        50,
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "arguments", "limit"), FULL_DISKS)
+def test_a_full_disk_is_one_sentence(run, pushcube_replay, stage, arguments, limit):
+    """HDF5 crashes on one, mapped memory ends the process, and Orbax prints an error per array."""
+    shutil.copytree(pushcube_replay.parent, run / "replay")
+    words = [word for name, value in arguments.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", f"demo2eval.{stage}", *words, "--output", "out/1.json"]
+    limited = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *command]
+    result = subprocess.run(limited, cwd=run, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert re.search(r"the disk is full .*run the same command again", result.stderr)
+    assert "Traceback" not in result.stderr
+    assert not (run / "out/1.json").exists()
+    again = subprocess.run(command, cwd=run, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -197,7 +198,8 @@ def test_a_missing_or_broken_manifest_is_a_sentence(tmp_path, content):
         read_manifest(path)
 
 
-def test_a_declared_output_that_snakemake_deleted_comes_back(tmp_path):
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("step,lost\n")])
+def test_a_kept_output_that_was_deleted_or_damaged_comes_back(tmp_path, damage):
     output, table = tmp_path / "0.json", tmp_path / "0" / "metrics.csv"
 
     def work() -> bool:
@@ -205,12 +207,12 @@ def test_a_declared_output_that_snakemake_deleted_comes_back(tmp_path):
             if not job.reused:
                 (job.partial / "0").mkdir()
                 (job.partial / "0/metrics.csv").write_text("step,loss\n")
-                job.finish(job.publish("0"), declared=[table])
+                job.finish(job.publish("0"), kept=[table])
             return job.reused
 
     assert not work()
     output.unlink()
-    table.unlink()
+    damage(table)
     assert work()
     assert table.read_text() == "step,loss\n"
 

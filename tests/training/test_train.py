@@ -172,6 +172,30 @@ def test_what_was_cut_short_goes_on_from_its_last_save(
     assert not list(at_step_6.glob(".9.partial*"))
 
 
+def test_a_saved_state_with_a_changed_bit_is_not_taken(
+    pushcube_run, at_step_6, checkpoints, monkeypatch, capsys
+):
+    """Its arrays can be read: its hash tells. Training goes on from the state before it."""
+    load_batch = BatchLoader.load_batch
+
+    def end_at_last_step(self, step, *arguments):
+        if step == 8:
+            raise OSError("killed")
+        return load_batch(self, step, *arguments)
+
+    monkeypatch.setattr(BatchLoader, "load_batch", end_at_last_step)
+    with pytest.raises(OSError, match="killed"):
+        train_step_9(at_step_6, pushcube_run, save_minutes=0.0)
+    monkeypatch.setattr(BatchLoader, "load_batch", load_batch)
+    newest = max(at_step_6.glob(".9.partial*/saved/*-*"))
+    largest = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert_same_checkpoint(train_step_9(at_step_6, pushcube_run), checkpoints / "9")
+    assert f"{newest} is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("part", "file"), [("params", "d/*"), ("train_state", "d/*"), ("assets", "**/norm_stats.json")]
 )

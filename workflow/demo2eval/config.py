@@ -310,8 +310,8 @@ class Training(Section):
     )
     tracker: Literal["tensorboard", "wandb"] | None = Field(
         default=None,
-        description="shows metrics there too while training; needs uv sync --extra tensorboard or "
-        "wandb",
+        description="shows metrics there too while training; needs uv sync --inexact --extra "
+        "tensorboard or wandb",
         json_schema_extra=SCHEDULE,
     )
     warmup_steps: Int = Field(
@@ -580,7 +580,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
         expected = error["ctx"]["expected"].replace("'", "")
         known = expected.replace(" or ", ", ").split(", ")
         return f"{name} is {value!r}; it may be {expected}.{suggest(str(value), known)}"
-    reason = re.sub(r"^(Value error, |Input |List |Dictionary )", "", error["msg"])
+    reason = re.sub(r"^(Value error, |Input |List |Dictionary |String )", "", error["msg"])
     if isinstance(value, Mapping):
         return f"{name} {reason.rstrip('.')}."
     return f"{name} is {value!r}; it {reason}."

@@ -4,10 +4,13 @@ Colors are Okabe and Ito's, which the color-blind tell apart. What a color says,
 style says as well: the figures are printed in gray too.
 """
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from demo2eval.provenance import write_atomic
 
 BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "0.75"
 STYLES = (
@@ -39,8 +42,10 @@ def new_figure(file: Path, **options: Any) -> Iterator[tuple[Any, Any]]:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     yield figure, axes
-    figure.savefig(file, dpi=150, format="png", metadata={"Software": None})
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png", metadata={"Software": None})
     pyplot.close(figure)
+    write_atomic(file, image.getvalue())
 
 
 def draw_published(panel: Any, published: dict[str, float]) -> None:

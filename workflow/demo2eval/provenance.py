@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,8 @@ PACKAGES = (
     "pandas",
 )
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MARGIN = 2**20
+"""Bytes that must be left on the disk beside the arrays of a demo."""
 
 
 def to_json(value: Any) -> str:
@@ -86,10 +89,10 @@ def sha256_folder(path: Path) -> str:
         return sha256_text(to_json(dict(zip(names, hashes, strict=True))))
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it exists wholly or not at all, also after a power cut."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that it exists wholly or not at all, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
@@ -143,13 +146,17 @@ def verify_outputs(manifest: Path) -> None:
 def _find_changed(folder: Path, content: dict[str, Any]) -> Path | None:
     """Return a file below a manifest's folder that is not as its content says, or None."""
     entries = {folder / name: entry for name, entry in content["outputs"].items()}
-    for path, entry in entries.items():
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            return path
-    hashes = {path: entry["sha256"] for path, entry in entries.items() if "sha256" in entry}
     with ThreadPoolExecutor(8) as pool:
-        found = zip(hashes, pool.map(sha256_file, hashes), strict=True)
-        return next((path for path, value in found if value != hashes[path]), None)
+        found = zip(entries, pool.map(_is_as_listed, entries, entries.values()), strict=True)
+        return next((path for path, is_as_listed in found if not is_as_listed), None)
+
+
+def _is_as_listed(path: Path, entry: dict[str, Any]) -> bool:
+    return (
+        path.is_file()
+        and path.stat().st_size == entry["bytes"]
+        and sha256_file(path) == entry["sha256"]
+    )
 
 
 def input_digest(path: Path) -> str:
@@ -217,7 +224,7 @@ class StageJob:
         self.fingerprint = sha256_text(to_json([stage, self.settings, code, digests]))
         self.reused = False
         self._done: dict[str, Any] = {}
-        # Snakemake deletes declared outputs of a job that it starts again; these it does not know.
+        # Snakemake deletes the outputs of a job that it starts again; these it does not know.
         self._record = self.folder / f".{output.stem}.done.json"
         self._kept = self.folder / f".{output.stem}.done"
         self._started = time.monotonic()
@@ -238,11 +245,10 @@ class StageJob:
         if done["fingerprint"] != self.fingerprint:
             return False
         self._done = done
-        for name in done["outputs"]:
+        for name, entry in done["outputs"].items():
             path, kept = self.folder / name, self._kept / name
-            if not path.exists() and kept.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _link(kept, path)
+            if kept.exists() and not _is_as_listed(path, entry):
+                _copy(kept, path)
         folders = {self.folder / name: value for name, value in done.get("folders", {}).items()}
         if _find_changed(self.folder, done) or any(
             path.is_dir() and sha256_folder(path) != value for path, value in folders.items()
@@ -292,7 +298,7 @@ class StageJob:
         self,
         outputs: Iterable[Path],
         *,
-        declared: Iterable[Path] = (),
+        kept: Iterable[Path] = (),
         removable: Iterable[Path] = (),
         digest: str | None = None,
         **facts: Any,
@@ -301,7 +307,8 @@ class StageJob:
 
         Args:
             outputs: files or folders below `folder`; each file's size and SHA-256 is recorded.
-            declared: those of them that the rule declares as outputs of Snakemake's.
+            kept: small ones among them that are copied: where they are deleted, as Snakemake does,
+                or damaged, they come back without the work.
             removable: folders that may be removed when nobody needs them any more; the hash of
                 each is recorded.
             digest: identifies the content where equal contents differ in their bytes. By default
@@ -316,8 +323,8 @@ class StageJob:
             str(path.relative_to(self.folder)): {"bytes": path.stat().st_size, "sha256": value}
             for path, value in zip(paths, hashes, strict=True)
         }
-        for path in declared:
-            _link(path, self._kept / path.relative_to(self.folder))
+        for path in _list_files(kept):
+            _copy(path, self._kept / path.relative_to(self.folder))
         if digest is None:
             digest = sha256_text(to_json({name: item["sha256"] for name, item in listing.items()}))
         content = {
@@ -336,8 +343,7 @@ class StageJob:
             "wall_time_s": round(time.monotonic() - self._started, 3),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        kept = ("digest", "outputs", "folders")
-        if all(self._done.get(key) == content[key] for key in kept):
+        if all(self._done.get(key) == content[key] for key in ("digest", "outputs", "folders")):
             # What was damaged is as it was: the same manifest makes nothing stale.
             content = self._done
         text = to_json(content)
@@ -346,14 +352,10 @@ class StageJob:
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, or a copy where the file system has no hard links."""
+def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    shutil.copy2(source, target)
 
 
 @contextmanager
@@ -381,7 +383,7 @@ def run_stage(
     Raises:
         UserError: if an input is missing or is not what its manifest says, or the disk is full.
     """
-    with _report_full_disk(Path(output).parent):
+    with report_full_disk(Path(output).parent):
         yield from _run_stage(
             Path(output), stage, module, settings, inputs or {}, set(manifests_only)
         )
@@ -416,8 +418,12 @@ def _run_stage(
 
 
 @contextmanager
-def _report_full_disk(folder: Path) -> Iterator[None]:
-    """Turn what any library raises on a full disk into a UserError."""
+def report_full_disk(folder: Path) -> Iterator[None]:
+    """Turn what any library raises on a full disk into a UserError.
+
+    Args:
+        folder: that is written.
+    """
     try:
         yield
     except Exception as error:
@@ -427,6 +433,15 @@ def _report_full_disk(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written, the disk is full ({_first_line(error)}); make room and "
             "run the same command again, which keeps what is finished."
         ) from error
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raise OSError unless the disk has room for so many bytes, and some that go with them.
+
+    HDF5 crashes where it cannot write: ask before.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size + MARGIN)
 
 
 def _says_disk_full(error: BaseException | None) -> bool:

@@ -374,6 +374,12 @@ def shard_seed(wildcards):
     return run_of_demos(wildcards).demos.first_seed + int(wildcards.shard) * settings.SHARD_SEEDS
 
 
+def replay_on_invalid(wildcards):
+    """Of planned demonstrations, which are valid, the setting concerns the dataset alone."""
+    demos = run_of_replay(wildcards).demos
+    return "error" if demos.source == "plan" else demos.on_invalid
+
+
 def link_logs(jobs):
     """Show the logs of shared work below the runs that need it, as results/<run>/logs/replays."""
     for name in {job.wildcards.run for job in jobs if "run" in job.wildcards.keys()} & RUNS.keys():
@@ -453,8 +459,9 @@ def check_requirements(jobs, reason_of, is_local):
             from demo2eval.doctor import list_gpus
             from demo2eval.training.budget import list_shortages
 
-            gpus = list_gpus()[: train_jobs[0].resources.gpu]
-            problems += list_shortages(get_run(name), len(train_jobs), Path("."), gpus)
+            gpus, results = list_gpus()[: train_jobs[0].resources.gpu], Path("results")
+            results.mkdir(exist_ok=True)  # or a link to another disk
+            problems += list_shortages(get_run(name), len(train_jobs), results, gpus)
     if any(job.rule.name.endswith("plan") for job in jobs) and not PLANNING_PYTHON.exists():
         problems.append("envs/planning/.venv does not exist: run `make setup`.")
     if problems := [problem for problem in problems if problem]:
@@ -466,7 +473,10 @@ def finished_training(name, jobs, reason_of):
     if config.get("overwrite") in (True, "true"):
         return None
     stale = [job for job in jobs if Path(job.output.manifest).exists()]
-    records = [json.loads(Path(job.output.manifest).read_text()) for job in stale]
+    try:
+        records = [read_manifest(Path(job.output.manifest)) for job in stale]
+    except UserError as error:
+        return str(error)
     seconds = sum(record.get("metadata", {}).get("training_time_s", 0) for record in records)
     if seconds < CHEAP_TRAINING_S:
         return None

@@ -93,8 +93,9 @@ rule replay:
         robot=field("robot", run_of_replay),
         object=field("object", run_of_replay),
         replay=section("replay", run_of_replay),
+        on_invalid=replay_on_invalid,
         code=code("data.replay"),
     shell:
         "$PYTHON -m demo2eval.data.replay --demos {input:q} --task {params.task:q}"
         " --robot {params.robot:q} --object {params.object:q} --replay {params.replay:q}"
-        " --output {output:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
+        " --on_invalid {params.on_invalid:q} --output {output:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"

@@ -1,6 +1,7 @@
 """Weights on disk in openpi's layout: `<step>/params` holds {"params": tree}, written by Orbax."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +27,15 @@ READERS = 4
 # What Orbax's threads raise is raised here as well; they would log it once for each array.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+def _print_unraisable(unraisable: Any) -> None:
+    # TensorStore's threads, for each array that was being written when another could not be.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+sys.unraisablehook = _print_unraisable
 
 
 @dataclass(frozen=True)

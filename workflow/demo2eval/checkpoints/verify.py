@@ -37,5 +37,6 @@ _WAYS_OUT = {
     "params": "Put the right files back. Where training.keep_period removed them, they were "
     "evaluated before; only weights that are kept can be evaluated again.",
     "train_state": "Put the right files back; only the newest checkpoint keeps its training state. "
-    "Without it, a run of another name can start from the weights: model.weights: {0}.",
+    "Without it, a run of another name can start from the weights: model.weights: {0}, with "
+    "model.tokenizer: the tokenizer.model below its assets.",
 }

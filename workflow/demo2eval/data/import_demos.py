@@ -15,7 +15,7 @@ from demo2eval.config import OnInvalid
 from demo2eval.data.trajectory import UNREADABLE, read_metadata
 from demo2eval.data.validate import ValidatedFile, apply_on_invalid, validate_files
 from demo2eval.errors import UserError
-from demo2eval.provenance import StageJob, run_stage, write_atomic
+from demo2eval.provenance import StageJob, require_room, run_stage, write_atomic
 from demo2eval.robots import Robot
 
 
@@ -99,12 +99,15 @@ def _publish(job: StageJob, files: Sequence[ValidatedFile], skipped: list[dict])
     names = ("trajectory.h5", "trajectory.json")
     trajectories, metadata = (job.partial / name for name in names)
     episodes, seeds = [], []
+    require_room(job.partial, 0)
     with h5py.File(trajectories, "w") as copy:
         for file in files:
             with h5py.File(file.path, "r") as content:
                 for demo, entry in zip(file.demos, file.episodes, strict=True):
                     number = len(episodes)
+                    require_room(job.partial, count_bytes(content[demo.name]))
                     content.copy(demo.name, copy, f"traj_{number}")
+                    copy.flush()
                     episodes.append(entry | {"episode_id": number})
                     seeds.append(demo.seed)
     write_atomic(metadata, json.dumps(files[0].metadata | {"episodes": episodes}, indent=1))
@@ -115,6 +118,13 @@ def _publish(job: StageJob, files: Sequence[ValidatedFile], skipped: list[dict])
         skipped=skipped,
         trajectories={str(file.path): [demo.name for demo in file.demos] for file in files},
     )
+
+
+def count_bytes(group) -> int:
+    """Return how many bytes the arrays below an HDF5 group have in memory."""
+    sizes: list[int] = []
+    group.visititems(lambda _, item: sizes.append(getattr(item, "nbytes", 0)))
+    return sum(sizes)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def compute_norm_stats(dataset: Path, output: Path, *, actions: Actions = Action
         }
         write_ranges(job.partial / "ranges.csv", ranges)
         files = job.publish("norm_stats.json", "ranges.csv")
-        job.finish(files, declared=files, rows=len(chunks), hardly_varies=constant)
+        job.finish(files, kept=files, rows=len(chunks), hardly_varies=constant)
 
 
 def find_delta_mask(dataset: Path, actions: Actions) -> list[bool] | None:

@@ -20,12 +20,14 @@ from typing import Any
 from demo2eval.cli import run
 from demo2eval.errors import UserError
 from demo2eval.maniskill.env import limit_threads, make_env
-from demo2eval.provenance import run_stage
+from demo2eval.provenance import require_room, run_stage
 from demo2eval.robots import Robot
 
 CONTROL_MODE = "pd_joint_pos"
 ATTEMPTS_PER_DEMO = 20
 MAX_EPISODE_STEPS = 400
+DEMO_BYTES = 2**22
+"""More than any demo without images takes."""
 
 
 def plan_demos(
@@ -62,10 +64,12 @@ def _plan(
 
     solve = find_planner(task)
     seeds, failures = [], {}
+    require_room(folder, DEMO_BYTES)
     with hide_output():
         env = make_recording_env(task, robot, folder)
     with tqdm(total=num_demos, unit="demo", mininterval=2, desc=f"planning {task}") as bar:
         for seed in range(first_seed, first_seed + ATTEMPTS_PER_DEMO * num_demos):
+            require_room(folder, DEMO_BYTES)
             with hide_output():
                 outcome = attempt(env, solve, seed)
                 env.flush_trajectory(save=outcome == "success")

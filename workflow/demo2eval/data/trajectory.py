@@ -96,6 +96,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not (
         isinstance(metadata["env_info"]["env_id"], str)
         and isinstance(metadata["episodes"], list)
+        and all(isinstance(entry, dict) for entry in metadata["episodes"])
         and isinstance(kwargs, dict)
     ):
         raise ValueError("env_info or episodes are of another type")

@@ -103,7 +103,7 @@ def run_rollouts(
         manifest = read_manifest(checkpoint)
         job.finish(
             tables,
-            declared=tables,
+            kept=tables,
             step=manifest["metadata"]["step"],
             successes=sum(int(row["success_once"]) for row in rows),
             checkpoint=manifest["digest"],

@@ -21,7 +21,7 @@ from demo2eval.evaluation.provenance_page import write_provenance_page
 from demo2eval.evaluation.statistics import wilson_interval
 from demo2eval.figures import BLUE, STYLES, VERMILION, draw_published, new_figure
 from demo2eval.maniskill.milestones import NOTHING
-from demo2eval.provenance import read_manifest, verify_outputs, write_atomic
+from demo2eval.provenance import read_manifest, report_full_disk, verify_outputs, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,11 +76,12 @@ def make_success_table(
             for row in count_milestones(episodes, [NOTHING, *names])
         ]
     success, reached = pd.DataFrame(rows), pd.DataFrame(milestone_rows)
-    draw_curve(success, manifests[rollouts[0]]["settings"]["task"], curve, published or {})
-    draw_milestones(reached, len(episodes), milestone_curve)
-    write_provenance_page(success, rollouts, provenance)
-    for frame, path in ((reached, milestones), (success, table)):
-        write_atomic(path, frame.to_csv(index=False, lineterminator="\n"))
+    with report_full_disk(table.parent):
+        draw_curve(success, manifests[rollouts[0]]["settings"]["task"], curve, published or {})
+        draw_milestones(reached, len(episodes), milestone_curve)
+        write_provenance_page(success, rollouts, provenance)
+        for frame, path in ((reached, milestones), (success, table)):
+            write_atomic(path, frame.to_csv(index=False, lineterminator="\n"))
     for row in rows:
         print(
             f"step {row['step']:>7}: {row['successes']}/{row['episodes']} succeed "

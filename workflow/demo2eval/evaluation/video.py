@@ -114,7 +114,7 @@ def record_videos(
         videos = job.publish(f"{output.stem}.mp4", f"{output.stem}.html")
         job.finish(
             videos,
-            declared=videos,
+            kept=videos,
             seeds=list(seeds),
             frames=results[0].steps + 1,
             successes=sum(result.success_once for result in results),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from demo2eval.cli import run
 from demo2eval.errors import UserError
 from demo2eval.figures import BLUE, GRAY, new_figure
-from demo2eval.provenance import read_manifest, verify_outputs, write_atomic
+from demo2eval.provenance import read_manifest, report_full_disk, verify_outputs, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,14 +53,15 @@ def make_loss_curve(
     if (gaps := steps[steps != range(1, len(steps) + 1)]).any():
         raise UserError(
             f"the metrics of run {run!r} do not go on from step to step at {gaps.iloc[0]}: "
-            f"{', '.join(map(str, metrics))}. Delete the manifest of that checkpoint to train it "
-            "again."
+            f"{', '.join(map(str, metrics))}. Give those of all checkpoints, in the order of their "
+            "steps."
         )
     segments = pd.DataFrame([describe_segment(read_manifest(path)) for path in checkpoints])
-    draw_metrics(rows.astype(float), run, curve)
-    draw_throughput(segments, run, throughput)
-    write_atomic(throughput_table, segments.to_csv(index=False, lineterminator="\n"))
-    write_atomic(table, rows.to_csv(index=False, lineterminator="\n"))
+    with report_full_disk(table.parent):
+        draw_metrics(rows.astype(float), run, curve)
+        draw_throughput(segments, run, throughput)
+        write_atomic(throughput_table, segments.to_csv(index=False, lineterminator="\n"))
+        write_atomic(table, rows.to_csv(index=False, lineterminator="\n"))
 
 
 def describe_segment(manifest: dict) -> dict:

@@ -85,6 +85,6 @@ def _import(package: str, tracker: str) -> ModuleType:
         return import_module(package)
     except ImportError as error:
         raise UserError(
-            f"training.tracker {tracker} needs the package {package}: uv sync --extra {tracker}, "
-            "or set training.tracker to null."
+            f"training.tracker {tracker} needs the package {package}: uv sync --inexact --extra "
+            f"{tracker} (.tools/uv, if `make setup` fetched it), or set training.tracker to null."
         ) from error

@@ -93,7 +93,14 @@ def _train(
     from demo2eval.training.sharding import make_mesh
     from demo2eval.training.state import StateSaver, init_train_state, tree_digest
     from demo2eval.training.tracker import open_tracker
-    from demo2eval.training.trainer import Metrics, SavedStates, Stopped, Trainer, device_memory
+    from demo2eval.training.trainer import (
+        Metrics,
+        SavedStates,
+        Stopped,
+        Trainer,
+        device_memory,
+        saved_step,
+    )
 
     metadata = read_manifest(previous)["metadata"]
     if metadata["step"] >= step:
@@ -103,7 +110,7 @@ def _train(
         )
     saver = StateSaver()
     saved = SavedStates(job.partial / "saved", saver)
-    first = int(saved.newest.name) if saved.newest else metadata["step"]
+    first = saved_step(saved.newest) if saved.newest else metadata["step"]
     is_fresh = saved.newest is None and first > 0
     source = verify_checkpoint(previous, "params", *(["train_state"] if is_fresh else []))
     config = read_policy_metadata(source).config
@@ -153,7 +160,7 @@ def _train(
         )
         sys.exit(STOPPED)
     finally:
-        saver.wait()
+        saved.wait()
         signal.signal(signal.SIGTERM, before)
         metrics.close()
     seconds = time.monotonic() - started
@@ -181,9 +188,10 @@ def _train(
     shutil.copytree(source / "assets", finished / "assets")
     shutil.copy(job.partial / "metrics.csv", finished / "metrics.csv")
     (folder,) = job.publish(finished.name)
+    outputs = [folder / "assets", folder / "metrics.csv"]
     job.finish(
-        [folder / "assets", folder / "metrics.csv"],
-        declared=[folder / "metrics.csv"],
+        outputs,
+        kept=outputs,
         removable=[folder / "params", folder / "train_state"],
         digest=tree_digest(eval_params),
         step=step,

@@ -4,9 +4,11 @@ import csv
 import dataclasses
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from demo2eval.data.loader import BatchLoader, prefetch
 from demo2eval.errors import UserError
 from demo2eval.pi0.config import Pi0Config
 from demo2eval.pi0.tokenizer import padding_mask
-from demo2eval.provenance import write_atomic
+from demo2eval.provenance import sha256_folder, write_atomic
 from demo2eval.training.budget import PEAK_FLOPS, StepPlan, flops_per_sample
 from demo2eval.training.host_ema import HostEma
 from demo2eval.training.processes import any_process, is_first, wait_for_all
@@ -75,32 +77,62 @@ class Metrics:
 
 
 class SavedStates:
-    """Training states that were saved on the way to a checkpoint, the newest of which is kept."""
+    """Training states that were saved on the way to a checkpoint, the newest of which is kept.
+
+    Each is a folder <step>-<hash of its files>, which gets this name when it is whole.
+    """
 
     def __init__(self, folder: Path, saver: StateSaver):
-        """Take the folder of the states, <folder>/<step>."""
+        """Take the folder of the states, and remove what is not whole: cut short, or damaged."""
         self._folder, self._saver = folder, saver
+        self._pool = ThreadPoolExecutor(1)
+        self._saving: Future | None = None
         if is_first():
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.iterdir():
-                if not path.name.isdigit():  # a save that a kill cut short
-                    shutil.rmtree(path)
+            while (path := self.newest) and not path.name.endswith(f"-{sha256_folder(path)}"):
+                print(
+                    f"{path} is damaged: it is not what was saved. Training goes on from what is "
+                    "before it.",
+                    file=sys.stderr,
+                )
+                shutil.rmtree(path)
+            self._remove_others()
         wait_for_all("saved states")
 
     @property
     def newest(self) -> Path | None:
-        """The folder of the newest whole state, or None."""
-        return max(self._folder.iterdir(), key=lambda path: int(path.name), default=None)
+        """The folder of the newest state, or None."""
+        return max(self._folder.glob(f"*-{64 * '?'}"), key=saved_step, default=None)
+
+    def _remove_others(self) -> None:
+        newest = self.newest
+        for path in self._folder.iterdir():
+            if path != newest:
+                shutil.rmtree(path)
 
     def save(self, step: int, state: TrainState, ema: dict | None) -> None:
         """Begin to save a state; the one before is removed when the next save begins."""
+        self.wait()
+        if is_first():
+            self._remove_others()
+        path = self._folder / str(step)
+        self._saver.save(path, state, ema)
+        self._saving = self._pool.submit(self._finish, path)
+
+    def _finish(self, path: Path) -> None:
         self._saver.wait()
         if is_first():
-            whole = self.newest
-            for path in self._folder.iterdir():
-                if path != whole:
-                    shutil.rmtree(path)
-        self._saver.save(self._folder / str(step), state, ema)
+            path.rename(f"{path}-{sha256_folder(path)}")
+
+    def wait(self) -> None:
+        """Wait until what `save` began is done."""
+        if self._saving is not None:
+            self._saving.result()
+
+
+def saved_step(path: Path) -> int:
+    """Return the step of a saved state from the name of its folder."""
+    return int(path.name.partition("-")[0])
 
 
 @dataclasses.dataclass
