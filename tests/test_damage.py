@@ -99,7 +99,8 @@ def success_table(run: Path, output: Path) -> None:
 
 
 def loss_curve(run: Path, output: Path) -> None:
-    make_loss_curve("run", [run / "checkpoints/3/metrics.csv"], table=output, curve=output)
+    names = ("table", "curve", "throughput_table", "throughput")
+    make_loss_curve("run", [run / "checkpoints/3.json"], **dict.fromkeys(names, output))
 
 
 # The file, and the stage that reads it.
@@ -151,7 +152,7 @@ def test_a_damaged_file_is_found_by_its_reader(run, tmp_path, name, stage, damag
 
 # The stage, its arguments, and the KiB above which no file of it can be written.
 FULL_DISKS: list[tuple[str, dict[str, str], int]] = [
-    ("data.import_demos", PUSHCUBE | {"source": "demos/trajectory.h5", "num_demos": "3"}, 500),
+    ("data.import_demos", PUSHCUBE | {"sources": "demos/trajectory.h5", "num_demos": "3"}, 500),
     ("data.replay", PUSHCUBE | {"demos": "demos/manifest.json", "object": TASK.object}, 500),
     ("data.dataset", {"replays": '["replay/manifest.json"]', "prompt": "push"}, 50),
     ("data.image_cache", {"dataset": "dataset/manifest.json", "image_size": "64"}, 50),
