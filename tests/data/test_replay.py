@@ -188,7 +188,7 @@ def test_a_demo_that_contradicts_itself_is_skipped_on_request(pushcube_demos, tm
     with h5py.File(source, "r+") as file:
         file["traj_1/actions"][:] = file["traj_1/actions"][()][::-1]
     demos, output = tmp_path / "demos/manifest.json", tmp_path / "replay/manifest.json"
-    import_demos(source, demos, task="PushCube-v1", robot="panda", num_demos=3)
+    import_demos([source], demos, task="PushCube-v1", robot="panda", num_demos=3)
     rendered = {"image_size": 32, "image_stride": 60}
     with pytest.raises(UserError, match=r"h5: traj_1 contradicts .* demos.on_invalid: skip"):
         replay_pushcube(demos, output, **rendered)
