@@ -34,8 +34,8 @@ other options are Snakemake's (snakemake --help), which is started by the comman
 The run is looked for in config/*.yaml and *.yaml; --configfile names other files.
 """
 RUNS = """
-List the runs of all configuration files: task, model, demonstrations, and how far each is. The
-last column is what lies below results/. Whether that is stale, `demo2eval run NAME --dry-run` says.
+List the runs of all configuration files: task, model, and how far each is. The last column is
+what lies below results/. Whether that is stale, `demo2eval run NAME --dry-run` says.
 """
 EXAMPLES = """
 examples:
