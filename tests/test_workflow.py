@@ -373,7 +373,7 @@ def test_full_size_plans_the_whole_chain(checkout):
     graph = snakemake(checkout, "--dag", "mermaid-js", target="results/stackcube/success.csv")
     folded = fold(graph.stdout)
     assert "train<br/>stackcube<br/>60 steps: 500 to 30000<br/>to do" in folded
-    assert folded.count('["') == len(jobs) == 12
+    assert folded.count('["') == len(jobs) == 13
 
 
 def test_missing_weights_stop_before_any_work(checkout):
