@@ -530,7 +530,7 @@ def test_on_slurm_a_new_head_adopts_the_jobs_of_a_killed_one(checkout, cluster, 
     for job in ids:
         cluster.command("scancel", "--signal=CONT", job)
     said = (tmp_path / "head.log").read_text
-    assert second.wait(timeout=240) == 0, said()[-5000:]
+    assert second.wait(timeout=900) == 0, said()[-5000:]
     for log in ("train_2", "rollout_0"):
         assert "reused" in (run / f"logs/{log}.log").read_text()
     pandas.testing.assert_frame_equal(
