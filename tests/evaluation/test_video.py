@@ -145,7 +145,7 @@ def test_with_rollouts_only_failures_are_recorded(pushcube_run, tmp_path):
     rollouts = write_rollouts(tmp_path / "some/0.json", digest, [1, 0, 1, 0, 0])
     manifest = read_manifest(record("failures", rollouts))
     assert manifest["metadata"] == {"frames": 5, "successes": 0, "seeds": [1, 3]}
-    assert list(manifest["outputs"]) == ["failures.mp4", "failures.html"]
+    assert sorted(manifest["outputs"]) == ["failures.html", "failures.mp4"]
     frame = next(decode_video(tmp_path / "failures.mp4", np.array([0])))
     top, left = CAPTION_HEIGHT + BORDER, BORDER + FRAME_SIZE
     # The policy's only camera, and nothing below it.

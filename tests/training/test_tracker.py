@@ -50,7 +50,7 @@ def test_a_tracker_that_is_not_installed_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "demo2eval.training.tracker.import_module", lambda name: __import__("no_such_package")
     )
-    with pytest.raises(UserError, match="uv sync --extra wandb"):
+    with pytest.raises(UserError, match="uv sync --inexact --extra wandb"):
         open_tracker("wandb", tmp_path, {}, 0)
 
 
