@@ -8,8 +8,9 @@ kill_benchmark = load_benchmark("kill")
 
 @pytest.mark.simulator
 def test_killed_in_each_stage_the_same_command_ends_the_same(tmp_path):
+    # Seed 44 kills early in each stage: a machine that is faster than before is met as well.
     kills, lost = kill_benchmark.run(
-        tmp_path, instants=3, seed=0, shards=1, demonstrations=1, cores=2
+        tmp_path, instants=3, seed=44, shards=1, demonstrations=1, cores=2
     )
     assert [kill.rule for kill in kills] == ["plan", "replay", "dataset"]
     assert all(kill.seconds is not None and kill.kept for kill in kills)
