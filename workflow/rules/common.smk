@@ -155,6 +155,11 @@ def as_json(wildcards, input):
     return json.dumps(list(input))
 
 
+def input_as_json(name):
+    """For `params`: the input files of a name as a JSON list."""
+    return lambda wildcards, input: json.dumps(list(input[name]))
+
+
 # Names of shared work: <task>-<stage>-<hash of all settings that made it>.
 
 

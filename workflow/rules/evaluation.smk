@@ -124,7 +124,7 @@ rule success_table:
         "results/{run}/benchmarks/success_table.tsv"
     localrule: True
     params:
-        rollouts=lambda wildcards, input: json.dumps(list(input.rollouts)),
+        rollouts=input_as_json("rollouts"),
         published=lambda wildcards: json.dumps(get_run(wildcards.run).published),
         code=code("evaluation.success_table"),
     shell:
@@ -135,7 +135,10 @@ rule success_table:
         " --provenance {output.provenance:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
 
 
-# Not part of the chain: runs beside each other, results/comparisons/<run>+<run>.csv.
+# Not part of the chain: several runs side by side, and why a run fails.
+
+
+# results/comparisons/<run>+<run>.csv
 rule comparison:
     input:
         rollouts_of_runs,
@@ -158,9 +161,6 @@ rule comparison:
     shell:
         "$PYTHON -m demo2eval.evaluation.comparison --rollouts {params.rollouts:q}"
         " --table {output.table:q} --figure {output.figure:q} 2>&1 | $PYTHON -m demo2eval.tee {log:q}"
-
-
-# Not part of the chain: several runs side by side, and why a run fails.
 
 
 rule success_curves:

@@ -97,7 +97,7 @@ rule loss_curve:
         "results/{run}/benchmarks/loss_curve.tsv"
     localrule: True
     params:
-        checkpoints=lambda wildcards, input: json.dumps(list(input.checkpoints)),
+        checkpoints=input_as_json("checkpoints"),
         code=code("training.loss_curve"),
     shell:
         "$PYTHON -m demo2eval.training.loss_curve --run {wildcards.run:q}"

@@ -101,7 +101,7 @@ class Data:
 
     def actions_of(self, episode: int) -> np.ndarray:
         """Return the actions of an episode, float32 [steps, dim]."""
-        return self.action[self.episode == episode]
+        return self.action[self.first_row(episode) : self.first_row(episode + 1)]
 
 
 def check_before_training(
@@ -244,6 +244,7 @@ def check_norm_stats(
             )
             continue
         scaled = normalize(values, stats, policy.use_quantiles).reshape(-1, values.shape[-1])
+        values = values.reshape(-1, values.shape[-1])
         outside = (np.abs(scaled) > bound + 0.01).mean(axis=0)
         if outside.max() > MAX_OUTSIDE:
             yield Finding(
@@ -252,7 +253,7 @@ def check_norm_stats(
                 "outside the range of the norm stats: they are another dataset's, or their columns "
                 "are in another order; make them again from this dataset.",
             )
-        moving = values.reshape(-1, values.shape[-1]).std(axis=0) > 0
+        moving = values.std(axis=0) > 0
         spread = np.quantile(scaled, 0.99, axis=0) - np.quantile(scaled, 0.01, axis=0)
         if moving.any() and spread[moving].max() < 0.2:
             yield Finding(
@@ -260,8 +261,7 @@ def check_norm_stats(
                 f"the dataset's {name} use less than a tenth of the norm stats' range in every "
                 "dimension; the norm stats are another dataset's, make them again.",
             )
-        ranges = values.reshape(-1, values.shape[-1])
-        narrow = moving & (np.ptp(ranges, axis=0) < MIN_RANGE) & (spread > 1)
+        narrow = moving & (np.ptp(values, axis=0) < MIN_RANGE) & (spread > 1)
         for dimension in np.flatnonzero(narrow):
             yield Finding(
                 "warning",
